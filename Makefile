@@ -1,0 +1,63 @@
+# Needs make and Python 3.11 or later; everything else goes into .venv and .cache.
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+PYTEST  := $(BIN)/python -m pytest
+# Workers of pytest-xdist. Each test has its own database, so more are fine where there are more cores.
+WORKERS ?= 2
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint clean
+
+help:
+	@echo "make demo      the main job on an embedded PostgreSQL, from plan to drift"
+	@echo "make test      everything that belongs in every run"
+	@echo "make test-all  the same on the servers of the matrix, and what takes long"
+	@echo "make lint      linters and type checker alone"
+	@echo "make setup     only install"
+	@echo "make clean     remove what these commands made"
+
+setup: $(VENV)/dev
+
+demo: $(VENV)/embedded
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/dieu45/demo.sh
+
+test: $(VENV)/dev
+	$(PYTEST) -n $(WORKERS) -m "not slow"
+
+test-all: test
+	RECONCILER_TEST_SERVER=16 $(PYTEST) -n $(WORKERS) -m "not slow" --ignore tests/unit
+	for major in 14 15 17 18; do \
+	  RECONCILER_TEST_SERVER=$$major $(PYTEST) -n $(WORKERS) -m smoke --ignore tests/unit || exit 1; \
+	done
+	$(PYTEST) -n $(WORKERS) -m slow
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) .cache .grimp_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find reconciler tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The first Python from 3.11 on, the newest last: python3 is what the user means.
+$(VENV)/python:
+	@for python in python3 python python3.11 python3.12 python3.13 python3.14; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "No Python 3.11 or later found: install one (Debian: apt-get install python3 python3-venv)." >&2; exit 1; fi; \
+	if ! $$found -c 'import venv, ensurepip' 2>/dev/null; then \
+	  echo "$$found has no venv: install it (Debian: apt-get install python3-venv)." >&2; exit 1; fi; \
+	echo "Making $(VENV) with $$($$found --version)"; \
+	$$found -m venv $(VENV) && touch $@
+
+$(VENV)/embedded: $(VENV)/python pyproject.toml
+	$(PIP) install -e '.[embedded]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/embedded
+	$(PIP) install -e '.[embedded,dev]'
+	@touch $@

@@ -1,0 +1,52 @@
+"""What is verified, one file each. A check looks at the database and gives a verdict; this is the shape they share.
+
+A new check is a new module in this folder with a `CHECK`; `desired` and `live` find it here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from reconciler.parts import Complaint, Context, discover
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from reconciler.model import Check, Declared, Json, Model, Verdict
+    from reconciler.pg import Connection
+
+
+class CheckKind(ABC):
+    """One sort of check."""
+
+    name: ClassVar[str]
+    section: ClassVar[str]
+
+    @abstractmethod
+    def form(self, data: Json) -> tuple[type[Model] | None, str]:
+        """The model that this entry must fit, chosen by the keys it has; or None and a sentence."""
+
+    @abstractmethod
+    def forms(self) -> Sequence[type[Model]]:
+        """Every model that an entry may fit."""
+
+    @abstractmethod
+    def declare(
+        self, name: str, declaration: Model, context: Context, items: Mapping[str, Declared]
+    ) -> tuple[Model | None, list[Complaint]]:
+        """The entry, resolved offline, with every problem."""
+
+    @abstractmethod
+    def load(self, spec: Json) -> Model:
+        """A resolved spec from JSON types."""
+
+    @abstractmethod
+    def run(self, conn: Connection, check: Check, allow_functions: Sequence[str]) -> Verdict:
+        """Judge, reading only. `allow_functions`: the installed policy's. What the role may not see is no error."""
+
+
+def checks() -> dict[str, CheckKind]:
+    """Every sort of check, by name."""
+    found: dict[str, Any] = discover(__name__, list(__path__), "CHECK")
+    return found

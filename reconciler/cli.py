@@ -1,0 +1,535 @@
+"""The edge to people and programs: parse -> call -> render -> exit code. No SQL and no rule lives here.
+
+Modules that are slow to import are imported by the command that uses them, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from reconciler import __version__
+from reconciler.errors import InputError, ReconcilerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from reconciler.model import Approval, Model, Plan
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+FORMATS = ("text", "json")
+
+
+def _state_option(command: F) -> F:
+    return click.option(
+        "-s",
+        "--state",
+        type=click.Path(path_type=Path),
+        default=Path("state"),
+        show_default=True,
+        help="Directory with the desired state.",
+    )(command)
+
+
+def _target_option(command: F) -> F:
+    return click.option("-t", "--target", help="A name of governance.targets; the only one is the default.")(command)
+
+
+def _server_options(command: F) -> F:
+    command = click.option(
+        "--allow-untested-server", is_flag=True, help="Go on with a server newer than any that was tested."
+    )(command)
+    return click.option(
+        "--dsn",
+        envvar="RECONCILER_DSN",
+        help="libpq connection string or URI; else RECONCILER_DSN, else libpq's PG* variables and service files.",
+    )(command)
+
+
+def _output_options(command: F) -> F:
+    command = click.option("-v", "--verbose", is_flag=True, help="Say more.")(command)
+    command = click.option("--no-color", is_flag=True, help="No colours (also: NO_COLOR, no terminal, TERM=dumb).")(
+        command
+    )
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(FORMATS),
+        default="text",
+        show_default=True,
+        help="How to print the result.",
+    )(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="reconciler")
+def cli() -> None:
+    """Compare a PostgreSQL control plane with its declared state; plan, approve, apply, watch for drift.
+
+    Exit codes: 0 done or no changes, 1 error, 2 changes pending or drift, 3 an invariant is violated or not judged,
+    4 refused (stale, not approved, locked), 5 outcome unknown.
+    """
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("state"))
+def init(directory: Path) -> None:
+    r"""Write a commented state DIRECTORY to start from.
+
+    \b
+    Examples:
+      reconciler init
+      reconciler init governance/state
+    """
+    from reconciler import scaffold
+
+    for path in scaffold.write(directory):
+        click.echo(path)
+    click.echo(f"Next: edit {directory}/governance.yaml, then reconciler validate -s {directory}", err=True)
+
+
+@cli.command()
+@_state_option
+@_target_option
+@_output_options
+def validate(state: Path, target: str | None, form: str, no_color: bool, verbose: bool) -> None:
+    r"""Check everything that can be checked without a database.
+
+    \b
+    Examples:
+      reconciler validate
+      reconciler validate -s governance/state -t production
+    """
+    from reconciler import desired
+
+    del no_color
+    found = [desired.load(state, target)] if target else desired.load_all(state)
+    if form == "json":
+        _json({"format_version": "1.0", "outcome": "no_changes", "errors": []})
+        return
+    for one in found:
+        click.echo(
+            f"{one.name} {one.release}, target {one.target}: {len(one.items)} objects, {len(one.checks)} checks."
+        )
+    if verbose:
+        for item in found[0].items.values():
+            if not getattr(item.rules, "checked_offline", True):
+                click.echo(f"{item.address}: its body names types that only the server knows; checked at apply.")
+    click.echo("The state is valid.")
+
+
+@cli.command()
+def schema() -> None:
+    r"""Print the JSON Schema of state files, for editors.
+
+    \b
+    Examples:
+      reconciler schema > state/schema.json
+      reconciler schema | jq '.properties | keys'
+    """
+    from reconciler import desired
+
+    _json(desired.schema())
+
+
+@cli.command()
+@_state_option
+@_target_option
+@_server_options
+@_output_options
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Save the plan, for approve and apply.")
+@click.option("--detailed-exitcode", is_flag=True, help="Exit 2 when there are changes.")
+@click.option("--show-values", is_flag=True, help="Print values that declared queries gave; only for trusted runs.")
+@click.pass_context
+def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click hands over options of every type
+    r"""Show what would change. Reads only: one read-only transaction, rolled back.
+
+    \b
+    Examples:
+      reconciler plan --dsn postgresql://planner@db/directus -t production
+      reconciler plan --out phase2.plan --detailed-exitcode
+    """
+    from reconciler import desired, drift, pg
+    from reconciler import plan as plans
+    from reconciler.render import text
+    from reconciler.survey import survey
+
+    wanted = desired.load(given["state"], given["target"])
+    with pg.connect(given["dsn"], "plan") as conn:
+        pg.check_version(conn, allow_untested=given["allow_untested_server"])
+        with pg.snapshot(conn):
+            found = survey(conn, wanted)
+    moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
+    made = found.plan(datetime.now(UTC), moved.drift)
+    shown = made if given["show_values"] else plans.masked(made)
+    if given["form"] == "json":
+        _json(shown)
+    else:
+        click.echo(text.plan(shown, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
+    if made.blocking:
+        if given["out"]:
+            click.echo(f"Not written: {given['out']}. An invariant blocks this plan.", err=True)
+        ctx.exit(3)
+    if given["out"]:
+        plans.write(given["out"], made.dump(), private=True)
+        if made.has_changes:
+            accept = "".join(f" --accept {hazard}" for hazard in made.hazards)
+            click.echo(f"Saved {given['out']}. Next, once you have read it:", err=True)
+            click.echo(f'  reconciler approve {given["out"]} --as NAME --reason "..."{accept}', err=True)
+    ctx.exit(2 if made.has_changes and given["detailed_exitcode"] else 0)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_output_options
+def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
+    r"""Print a saved plan or approval FILE again, stale or not.
+
+    \b
+    Examples:
+      reconciler show phase2.plan
+      reconciler show phase2.plan.operator.approval.json --format json
+    """
+    from reconciler import approve as approvals
+    from reconciler import plan as plans
+    from reconciler.render import text
+
+    if "approver" in plans.read(file, "plan or approval"):
+        given: Model = approvals.load(file)
+        shown = text.approval(approvals.load(file), colour=_colour(no_color))
+    else:
+        given, _ = plans.load(file)
+        shown = text.plan(given, colour=_colour(no_color), verbose=verbose)
+    if form == "json":
+        _json(given)
+    else:
+        click.echo(shown, nl=False)
+
+
+@cli.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option("--as", "approver", required=True, metavar="NAME", help="Who approves.")
+@click.option("--reason", required=True, help="Why.")
+@click.option("--accept", "accepted", multiple=True, metavar="HAZARD", help="A hazard of the plan; each must be named.")
+@click.option(
+    "--expires", metavar="DURATION", help="For how long, for example 2h; at most (and by default) the policy's."
+)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where to write the approval.")
+@_output_options
+def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
+    r"""Approve exactly the effects of a saved PLAN. Needs no database.
+
+    \b
+    Examples:
+      reconciler approve phase2.plan --as operator --reason "change 4711" --accept arms_gate
+      reconciler approve phase2.plan --as operator --reason "tonight" --expires 2h --out tonight.approval.json
+    """
+    from reconciler import approve as approvals
+    from reconciler import plan as plans
+    from reconciler.render import text
+
+    made, checksum = plans.load(plan_file)
+    approval = approvals.approve(
+        made,
+        checksum,
+        approver=given["approver"],
+        reason=given["reason"],
+        accepted=given["accepted"],
+        expires=given["expires"],
+        now=datetime.now(UTC),
+    )
+    out = given["out"] or approvals.beside(plan_file, approval.approver)
+    plans.write(out, approval.dump())
+    if given["form"] == "json":
+        _json(approval)
+    else:
+        click.echo(text.approval(approval, colour=_colour(given["no_color"])), nl=False)
+    click.echo(f"Saved {out}. Next: reconciler apply {plan_file}", err=True)
+
+
+@cli.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@_target_option
+@_server_options
+@_output_options
+@click.option(
+    "--approval",
+    "approval_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An approval (repeatable); without it, those beside the plan.",
+)
+@click.option("--initialize", is_flag=True, help="This is the first apply of this name on this database.")
+@click.pass_context
+def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
+    r"""Apply an approved PLAN in one transaction, or change nothing.
+
+    \b
+    Examples:
+      reconciler apply phase2.plan --dsn postgresql://operator@db/directus --initialize
+      reconciler apply phase2.plan --approval a.approval.json --approval b.approval.json
+    """
+    from reconciler import apply as applying
+    from reconciler import approve as approvals
+    from reconciler import plan as plans
+    from reconciler.render import text
+
+    made, checksum = plans.load(plan_file)
+    colour = _colour(given["no_color"])
+    if not made.has_changes:
+        click.echo(text.plan_line(made))
+        return
+    files = given["approval_files"] or approvals.all_beside(plan_file)
+    loaded = [approvals.load(path) for path in files]
+    if not loaded:
+        applying.check_plan(made)
+        loaded = _ask(made, checksum, colour=colour)
+    request = applying.Request(
+        dsn=given["dsn"],
+        plan=made,
+        approvals=loaded,
+        target=given["target"],
+        initialize=given["initialize"],
+        allow_untested=given["allow_untested_server"],
+    )
+    # A polite kill rolls back like Ctrl-C does; a kill -9 leaves it to the server.
+    signal.signal(signal.SIGTERM, _interrupt)
+    done = applying.apply(request, _Progress(verbose=given["verbose"]))
+    if given["form"] == "json":
+        _json(done)
+    else:
+        click.echo(text.outcome(done, colour=colour), nl=False)
+    ctx.exit(0)
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _ask(made: Plan, checksum: str, *, colour: bool) -> list[Approval]:
+    """On a terminal, and where the policy takes unsigned approvals, the person who applies may approve by `yes`."""
+    import getpass
+
+    from reconciler import approve as approvals
+    from reconciler.errors import NotApproved
+    from reconciler.render import text
+
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise NotApproved("The plan is not approved.", hint="Run `reconciler approve PLAN`, then apply again.")
+    click.echo(text.plan(made, colour=colour, verbose=False), err=True)
+    click.echo("Do you want to perform these actions?", err=True)
+    click.echo("  reconciler will perform the actions described above, and you accept their hazards.", err=True)
+    click.echo("  Only 'yes' will be accepted to approve.\n", err=True)
+    answer = click.prompt("  Enter a value", default="", show_default=False, err=True)
+    if answer != "yes":
+        raise NotApproved("Not approved: the answer was not 'yes'.", hint="Nothing was changed.")
+    return [
+        approvals.approve(
+            made,
+            checksum,
+            approver=getpass.getuser(),
+            reason="typed yes at the prompt of apply",
+            accepted=made.hazards,
+            expires=None,
+            now=datetime.now(UTC),
+        )
+    ]
+
+
+class _Progress:
+    """Progress of an apply on stderr, a line for each stage, with the seconds since the start."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        self._verbose = verbose
+        self._started = datetime.now(UTC)
+
+    def __call__(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
+        seconds = (datetime.now(UTC) - self._started).total_seconds()
+        count = f" {number}/{of}" if of else ""
+        click.echo(f"{seconds:6.1f} s  {stage}{count}{': ' + detail if detail else ''}", err=True)
+
+
+@cli.command()
+@_state_option
+@_target_option
+@_server_options
+@_output_options
+@click.option("--fail-on", default="", help="Findings that also exit 2, for example undeclared,stale_heartbeat.")
+@click.pass_context
+def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as plan
+    r"""Compare live with last applied (drift) and with the files (pending). Reads only.
+
+    \b
+    Examples:
+      reconciler drift --dsn postgresql://planner@db/directus -t production
+      reconciler drift --format json --fail-on undeclared,stale_heartbeat
+    """
+    from reconciler import desired, pg
+    from reconciler import drift as drifting
+    from reconciler.render import text
+    from reconciler.survey import survey
+
+    fail_on = drifting.finding_codes(given["fail_on"])
+    wanted = desired.load(given["state"], given["target"])
+    with pg.connect(given["dsn"], "drift") as conn:
+        pg.check_version(conn, allow_untested=given["allow_untested_server"])
+        with pg.snapshot(conn):
+            found = survey(conn, wanted)
+    moved = drifting.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
+    report = drifting.report(
+        wanted,
+        moved,
+        target=found.target,
+        entry=found.last.entry,
+        findings=found.live.findings,
+        verdicts=found.verdicts,
+        not_compared=found.not_compared,
+        now=datetime.now(UTC),
+    )
+    if given["form"] == "json":
+        _json(report)
+    else:
+        click.echo(text.drift(report, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
+    ctx.exit(drifting.exit_code(report, fail_on))
+
+
+@cli.command()
+@click.option("--print-sql", is_flag=True, required=True, help="Print the SQL that creates the ledger.")
+def ledger(print_sql: bool) -> None:
+    r"""The ledger's own SQL, for a DBA who wants to create it beforehand.
+
+    \b
+    Examples:
+      reconciler ledger --print-sql
+      reconciler ledger --print-sql | psql "$RECONCILER_DSN"
+    """
+    from reconciler import ledger as ledgers
+
+    del print_sql
+    click.echo(ledgers.source(), nl=False)
+
+
+@cli.group()
+def sandbox() -> None:
+    r"""An embedded PostgreSQL to try things on.
+
+    \b
+    Examples:
+      reconciler sandbox up examples/dieu45/baseline
+      reconciler sandbox load examples/dieu45/baseline --dsn postgresql://postgres@localhost/empty
+    """
+
+
+@sandbox.command()
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), help="Where the server keeps its files.")
+def up(directory: Path | None, data: Path | None) -> None:
+    r"""Start the embedded server, load the SQL files of DIRECTORY in name order; the DSN is on the last line.
+
+    \b
+    Examples:
+      reconciler sandbox up
+      reconciler sandbox up examples/dieu45/baseline
+    """
+    from reconciler import sandbox as sandboxes
+
+    click.echo(sandboxes.up(directory, data))
+
+
+@sandbox.command()
+@click.option("--data", type=click.Path(path_type=Path), help="Where the server keeps its files.")
+def down(data: Path | None) -> None:
+    r"""Stop the embedded server and remove its data.
+
+    \b
+    Examples:
+      reconciler sandbox down
+      reconciler sandbox down --data /var/tmp/trial
+    """
+    from reconciler import sandbox as sandboxes
+
+    click.echo("The sandbox was stopped and removed." if sandboxes.down(data) else "There is no sandbox.", err=True)
+
+
+@sandbox.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--dsn", envvar="RECONCILER_DSN", required=True, help="An empty database.")
+def load(directory: Path, dsn: str) -> None:
+    r"""Load the SQL files of DIRECTORY in name order into an empty database of any server.
+
+    \b
+    Examples:
+      reconciler sandbox load examples/dieu45/baseline --dsn postgresql://postgres@localhost/directus
+      reconciler sandbox load my/schema --dsn "host=/run/postgresql dbname=trial"
+    """
+    from reconciler import sandbox as sandboxes
+
+    sandboxes.load(directory, dsn)
+    click.echo(f"Loaded {directory}.", err=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ the edges
+
+
+def _colour(no_color: bool) -> bool:
+    unwanted = no_color or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return not unwanted and sys.stdout.isatty()
+
+
+def _json(document: Model | dict[str, Any]) -> None:
+    import json
+
+    data: dict[str, Any] = document if isinstance(document, dict) else document.dump()
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _fail(error: ReconcilerError) -> int:
+    """Print what went wrong: a sentence, the details, what to do. With --format json also a document on stdout."""
+    from reconciler.render.text import printable
+
+    if isinstance(error, InputError):
+        lines = [*error.details, f"Error: {error.message}"]
+    else:
+        lines = [f"Error: {error.message}", *(f"  {detail}" for detail in error.details)]
+    if error.hint:
+        lines.append(error.hint)
+    for line in lines:
+        click.echo(printable(line), err=True)
+    if _wants_json(sys.argv[1:]):
+        errors = list(error.details) if isinstance(error, InputError) else [error.message, *error.details]
+        _json({"format_version": "1.0", "outcome": error.outcome, "errors": errors, "hint": error.hint})
+    return error.exit_code
+
+
+def _wants_json(args: list[str]) -> bool:
+    return "--format=json" in args or any(pair == ("--format", "json") for pair in itertools.pairwise(args))
+
+
+def main() -> NoReturn:
+    """The console script. Click's own exit code for bad usage is 2, which here means changes: it becomes 1."""
+    try:
+        code: Any = cli.main(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(1)
+    except ReconcilerError as error:
+        sys.exit(_fail(error))
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted. Whatever was under way was rolled back.", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output went away, as `| head` does.
+        sys.stdout = None
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,404 @@
+"""Default expressions of arguments: one text for what a file says and what the catalog shows.
+
+PostgreSQL stores `DEFAULT '{}'` of a jsonb argument as a tree and prints it as `'{}'::jsonb`; -1 comes back as
+`'-1'::integer`. What is constant, or one call without arguments, has one text here. Everything else cannot be compared
+by text and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import uuid
+from datetime import date
+from decimal import Decimal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from postgast import pg_query_pb2 as pb
+
+from reconciler.syntax import UnknownType, expression_of, quote_ident, strings, tokens_of, type_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+INTEGERS: Mapping[str, tuple[int, int]] = {
+    "smallint": (-(2**15), 2**15 - 1),
+    "integer": (-(2**31), 2**31 - 1),
+    "bigint": (-(2**63), 2**63 - 1),
+    "oid": (0, 2**32 - 1),
+}
+
+CALLS: Mapping[str, str] = {
+    "clock_timestamp": "timestamp with time zone",
+    "current_database": "name",
+    "current_schema": "name",
+    "gen_random_uuid": "uuid",
+    "now": "timestamp with time zone",
+    "pg_backend_pid": "integer",
+    "pi": "double precision",
+    "random": "double precision",
+    "statement_timestamp": "timestamp with time zone",
+    "timeofday": "text",
+    "transaction_timestamp": "timestamp with time zone",
+    "txid_current": "bigint",
+    "uuidv4": "uuid",
+    "uuidv7": "uuid",
+    "version": "text",
+}
+"""Built-in functions that take no arguments, with the type they return."""
+
+VALUE_FUNCTIONS: Mapping[int, tuple[str, str]] = {
+    pb.SVFOP_CURRENT_DATE: ("CURRENT_DATE", "date"),
+    pb.SVFOP_CURRENT_TIME: ("CURRENT_TIME", "time with time zone"),
+    pb.SVFOP_CURRENT_TIMESTAMP: ("CURRENT_TIMESTAMP", "timestamp with time zone"),
+    pb.SVFOP_LOCALTIME: ("LOCALTIME", "time without time zone"),
+    pb.SVFOP_LOCALTIMESTAMP: ("LOCALTIMESTAMP", "timestamp without time zone"),
+    pb.SVFOP_CURRENT_ROLE: ("CURRENT_ROLE", "name"),
+    pb.SVFOP_CURRENT_USER: ("CURRENT_USER", "name"),
+    pb.SVFOP_USER: ("USER", "name"),
+    pb.SVFOP_SESSION_USER: ("SESSION_USER", "name"),
+    pb.SVFOP_CURRENT_CATALOG: ("CURRENT_CATALOG", "name"),
+    pb.SVFOP_CURRENT_SCHEMA: ("CURRENT_SCHEMA", "name"),
+}
+
+
+class _NoOneText(Exception):
+    """This expression has no text of its own that the catalog would show too."""
+
+
+def canonical_default(expression: str, type_text: str) -> str | None:
+    """One text for a default expression of an argument of type `type_text` (as format_type prints it).
+
+    The same for what a file says and for what pg_get_expr() shows with search_path, DateStyle ISO and IntervalStyle
+    postgres set; valid after DEFAULT; a fixed point. None: the two cannot be compared.
+    """
+    node, troubles = expression_of(expression)
+    if node is None or troubles:
+        return None
+    try:
+        return _canonical(node, type_text)
+    except (_NoOneText, UnknownType):
+        return None
+
+
+def split_expressions(text: str) -> list[str]:
+    """The single expressions of `a, b`, which is how pg_get_expr() prints proargdefaults."""
+    tokens, troubles = tokens_of(text)
+    if troubles or not tokens:
+        return []
+    raw = text.encode()
+    parts: list[str] = []
+    depth = start = 0
+    for token in tokens:
+        word = raw[token.start : token.end]
+        if word in (b"(", b"["):
+            depth += 1
+        elif word in (b")", b"]"):
+            depth -= 1
+        elif word == b"," and depth == 0:
+            parts.append(raw[start : token.start].decode().strip())
+            start = token.end
+    return [*parts, raw[start:].decode().strip()]
+
+
+def _canonical(node: pb.Node, wanted: str) -> str:
+    """The one text of `node` for an argument of type `wanted`."""
+    match node.WhichOneof("node"):
+        case "a_const":
+            return _constant(node.a_const, wanted)
+        case "type_cast":
+            return _cast(node.type_cast, wanted)
+        case "a_array_expr":
+            return _array(node.a_array_expr, wanted, None)
+        case "func_call" | "sqlvalue_function":
+            return _call(node)[0]
+        case _:
+            raise _NoOneText
+
+
+def _cast(cast: pb.TypeCast, wanted: str) -> str:
+    """A constant, array or call that carries a cast: the cast goes where it says nothing new."""
+    if cast.type_name.typmods or cast.type_name.setof:
+        raise _NoOneText
+    target = type_name(cast.type_name)
+    kind = cast.arg.WhichOneof("node")
+    if kind in ("func_call", "sqlvalue_function"):
+        text, returned = _call(cast.arg)
+        return text if target == returned else f"({text})::{_in_expression(target)}"
+    if kind == "a_array_expr" and target == wanted:
+        return _array(cast.arg.a_array_expr, wanted, target)
+    if kind != "a_const":
+        raise _NoOneText
+    constant = cast.arg.a_const
+    if constant.isnull:
+        return _constant(constant, wanted)
+    if not _is_builtin(wanted) and target in ("text", "character varying", "character"):
+        # A domain over text: PostgreSQL shows the base type of the constant.
+        return _constant(constant, wanted)
+    inner = _constant(constant, target)
+    if target == wanted or inner.startswith("'"):
+        return inner
+    if _fits(inner, target) and (_fits(inner, wanted) or wanted == "numeric"):
+        return inner
+    return f"({inner})::{_in_expression(target)}"
+
+
+def _array(array: pb.A_ArrayExpr, wanted: str, cast: str | None) -> str:
+    """ARRAY[...] of constants that are all of one kind. Without a cast PostgreSQL takes strings for text."""
+    if not wanted.endswith("[]"):
+        raise _NoOneText
+    element = wanted.removesuffix("[]")
+    if not array.elements:
+        return f"'{{}}'::{_in_expression(wanted)}"
+    kinds: set[str] = set()
+    texts: list[str] = []
+    for node in array.elements:
+        literal = node.type_cast.arg if node.HasField("type_cast") else node
+        if not literal.HasField("a_const") or literal.a_const.isnull:
+            raise _NoOneText
+        kinds.add(literal.a_const.WhichOneof("val") or "")
+        untyped = node.HasField("a_const") and node.a_const.HasField("sval") and cast is None
+        texts.append(_canonical(node, "text" if untyped else element))
+    if len(kinds) > 1:
+        raise _NoOneText
+    return f"ARRAY[{', '.join(texts)}]"
+
+
+def _call(node: pb.Node) -> tuple[str, str]:
+    """The text and the returned type of a call without arguments."""
+    if node.HasField("sqlvalue_function"):
+        known = VALUE_FUNCTIONS.get(node.sqlvalue_function.op)
+        if known is None:
+            raise _NoOneText
+        return known
+    call = node.func_call
+    fields = {field.name for field, _ in call.ListFields()}
+    names = strings(call.funcname)
+    name = names[-1]
+    if fields - {"funcname", "funcformat", "location"} or name not in CALLS or names[:-1] not in ((), ("pg_catalog",)):
+        raise _NoOneText
+    return f"{quote_ident(name)}()", CALLS[name]
+
+
+def _constant(constant: pb.A_Const, wanted: str) -> str:
+    """A literal as the value of type `wanted` that it stands for."""
+    if constant.isnull:
+        return f"NULL::{_in_expression(wanted)}"
+    match constant.WhichOneof("val"):
+        case "ival":
+            return _number(Decimal(constant.ival.ival), wanted)
+        case "fval":
+            return _number(_decimal(constant.fval.fval), wanted)
+        case "boolval":
+            return "true" if constant.boolval.boolval else "false"
+        case "sval":
+            return _string(constant.sval.sval, wanted)
+        case _:
+            raise _NoOneText
+
+
+def _number(value: Decimal, wanted: str) -> str:
+    """A number without quotes, as short as the type it becomes allows."""
+    if wanted in ("real", "double precision"):
+        value = Decimal(repr(float4(float(value)) if wanted == "real" else float(value)))
+        value = value.quantize(Decimal(1)) if value == value.to_integral_value() and abs(value) < 10**15 else value
+    text = format(value, "f")
+    if wanted in INTEGERS and not _fits(text, wanted):
+        raise _NoOneText
+    return text
+
+
+def _fits(text: str, wanted: str) -> bool:
+    """Whether `text` is an integer that type `wanted` can hold without changing it."""
+    low, high = INTEGERS.get(wanted, (1, 0))
+    return re.fullmatch(r"-?\d+", text) is not None and low <= int(text) <= high
+
+
+def float4(value: float) -> float:
+    """`value` as a float4 column gives it back: the shortest decimal that is the same float4."""
+    try:
+        single = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError as error:
+        raise _NoOneText from error
+    shortest = (float(f"{single:.{digits}g}") for digits in range(1, 10))
+    return next(text for text in shortest if struct.pack("f", text) == struct.pack("f", single))
+
+
+def _string(value: str, wanted: str) -> str:
+    """A quoted literal as the output function of type `wanted` writes its value."""
+    if wanted.endswith("[]"):
+        if value.strip() != "{}":
+            raise _NoOneText
+        return f"'{{}}'::{_in_expression(wanted)}"
+    if not _is_builtin(wanted):
+        return f"{_quoted(_word(value))}::{wanted}"
+    if wanted in INTEGERS or wanted in ("numeric", "real", "double precision"):
+        return _number(_decimal(value), wanted)
+    if wanted == "boolean":
+        return _boolean(value)
+    written = OUTPUT.get(wanted)
+    if written is None:
+        raise _NoOneText
+    return f"{_quoted(written(value))}::{_in_expression(wanted)}"
+
+
+def _decimal(value: str) -> Decimal:
+    if re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?\s*", value) is None:
+        raise _NoOneText
+    return Decimal(value.strip())
+
+
+def _boolean(value: str) -> str:
+    word = value.strip().lower()
+    if word and any(true.startswith(word) for true in ("true", "yes", "1")) or word == "on":
+        return "true"
+    if word and any(false.startswith(word) for false in ("false", "no", "0")) or word in ("off", "of"):
+        return "false"
+    raise _NoOneText
+
+
+def _word(value: str) -> str:
+    """A label of an enumeration. The output of other types could be another text, a domain's could be true or 5."""
+    if re.fullmatch(r"[^\W\d][\w -]*", value) is None or value.lower() in ("true", "false", "null", "infinity", "nan"):
+        raise _NoOneText
+    return value
+
+
+def _same(value: str) -> str:
+    return value
+
+
+def _name(value: str) -> str:
+    if len(value.encode()) > 63:
+        raise _NoOneText
+    return value
+
+
+def _char(value: str) -> str:
+    if len(value) != 1 or not value.isascii():
+        raise _NoOneText
+    return value
+
+
+def _uuid(value: str) -> str:
+    if re.fullmatch(r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}", value) is None:
+        raise _NoOneText
+    return str(uuid.UUID(value))
+
+
+def _date(value: str) -> str:
+    try:
+        return date.fromisoformat(value).isoformat() if len(value) == 10 else _never(value)
+    except ValueError as error:
+        raise _NoOneText from error
+
+
+def _never(value: str) -> str:
+    raise _NoOneText(value)
+
+
+def _bytea(value: str) -> str:
+    if re.fullmatch(r"\\x([0-9a-fA-F]{2})*", value) is None:
+        raise _NoOneText
+    return value.lower()
+
+
+def _jsonb(value: str) -> str:
+    """As jsonb_out prints it: keys by length and then by bytes, the last of equal ones, numbers in full."""
+
+    def write(part: Any) -> str:
+        match part:
+            case dict():
+                keys = sorted(part, key=lambda key: (len(key.encode()), key.encode()))
+                return "{" + ", ".join(f"{write(key)}: {write(part[key])}" for key in keys) + "}"
+            case list():
+                return "[" + ", ".join(write(item) for item in part) + "]"
+            case Decimal():
+                return format(part, "f")
+            case _:
+                return json.dumps(part, ensure_ascii=False)
+
+    def refuse(word: str) -> Any:
+        raise _NoOneText(word)
+
+    try:
+        tree = json.loads(value, parse_float=_decimal, parse_int=_decimal, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise _NoOneText from error
+    text = write(tree)
+    if "\\u0000" in text or "\x7f" in text or re.search("[\ud800-\udfff]", text) is not None:
+        raise _NoOneText
+    return text
+
+
+UNITS = {
+    **dict.fromkeys(("year", "years"), (12, 0, 0)),
+    **dict.fromkeys(("mon", "mons", "month", "months"), (1, 0, 0)),
+    **dict.fromkeys(("week", "weeks"), (0, 7, 0)),
+    **dict.fromkeys(("day", "days"), (0, 1, 0)),
+    **dict.fromkeys(("hour", "hours"), (0, 0, 3600)),
+    **dict.fromkeys(("min", "mins", "minute", "minutes"), (0, 0, 60)),
+    **dict.fromkeys(("sec", "secs", "second", "seconds"), (0, 0, 1)),
+}
+"""Months, days and seconds of the units of an interval that have only one meaning."""
+
+
+def _interval(value: str) -> str:
+    """As interval_out prints it in style postgres; only whole, positive amounts of named units and hh:mm:ss."""
+    months = days = seconds = 0
+    rest = value.strip()
+    clock = re.search(r"(?:^|\s)(\d{1,4}):(\d\d)(?::(\d\d))?$", rest)
+    if clock is not None:
+        hours, minutes, secs = (int(part or 0) for part in clock.groups())
+        if minutes > 59 or secs > 59:
+            raise _NoOneText
+        seconds, rest = hours * 3600 + minutes * 60 + secs, rest[: clock.start()].strip()
+    amounts = re.findall(r"(\d{1,6})\s*([a-z]+)\s*", rest)
+    if "".join(number + unit for number, unit in amounts) != re.sub(r"\s", "", rest):
+        raise _NoOneText
+    if not amounts and clock is None or any(unit not in UNITS for _, unit in amounts):
+        raise _NoOneText
+    for number, unit in amounts:
+        month, day, second = UNITS[unit]
+        months, days, seconds = months + int(number) * month, days + int(number) * day, seconds + int(number) * second
+    parts = [
+        f"{amount} {word}{'' if amount == 1 else 's'}"
+        for amount, word in ((months // 12, "year"), (months % 12, "mon"), (days, "day"))
+        if amount
+    ]
+    if seconds or not parts:
+        parts.append(f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}")
+    return " ".join(parts)
+
+
+OUTPUT: Mapping[str, Callable[[str], str]] = {
+    '"char"': _char,
+    "bytea": _bytea,
+    "character": _same,
+    "character varying": _same,
+    "date": _date,
+    "interval": _interval,
+    "json": _same,
+    "jsonb": _jsonb,
+    "name": _name,
+    "text": _same,
+    "uuid": _uuid,
+}
+"""What the output function of a built-in type makes of a literal. A type that is not here has no known output."""
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _is_builtin(wanted: str) -> bool:
+    return "." not in wanted
+
+
+@lru_cache(maxsize=1024)
+def _in_expression(wanted: str) -> str:
+    """A type as it must be written after `::`, where the SQL names of bpchar and bit would mean a length of 1."""
+    base = wanted.removesuffix("[]")
+    return {"character": "bpchar", "bit": '"bit"'}.get(base, base) + wanted[len(base) :]

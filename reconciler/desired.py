@@ -1,0 +1,397 @@
+"""First step of the flow: a state directory -> Desired, offline, or every problem of every file at once.
+
+The file names are for people: all `*.yaml` below the directory are read and merged.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import Field
+
+from reconciler.checks import checks
+from reconciler.errors import InputError, Problem, UsageError
+from reconciler.kinds import kinds
+from reconciler.model import (
+    ApplyPolicy,
+    ApprovalPolicy,
+    Check,
+    Declared,
+    Desired,
+    GateStore,
+    Json,
+    Model,
+    Place,
+    Policy,
+    Scope,
+)
+from reconciler.parts import Complaint, Context, relation
+from reconciler.yamltext import Document, parse, read_text, validate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+
+class TargetDeclaration(Model):
+    """One database of `governance.targets`. `ledger`: hash of its first entry, once it has one."""
+
+    database: str | None = None
+    vars: dict[str, Json] = {}
+    ledger: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+
+
+class Governance(Model):
+    """The section `governance`: whose database this is, what is owned, and how it may be changed."""
+
+    version: int = Field(ge=1, le=1)
+    name: str = Field(pattern="^[a-z][a-z0-9_]{0,39}$")
+    release: str = Field(min_length=1)
+    targets: dict[str, TargetDeclaration] = Field(min_length=1)
+    vars: dict[str, Json] = {}
+    gate_stores: dict[str, GateStore] = {}
+    scope: Scope = Scope()
+    approval: ApprovalPolicy = ApprovalPolicy()
+    apply: ApplyPolicy = ApplyPolicy()
+    allow_functions: tuple[str, ...] = ()
+    allow_not_judged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One entry of one section, where it stands."""
+
+    file: str
+    document: Document
+    path: tuple[str | int, ...]
+    data: Json
+
+    def problem(self, message: str, path: tuple[str | int, ...] = (), *, value: bool = False) -> Problem:
+        return self.document.problem(self.file, (*self.path, *path), message, value=value)
+
+    @property
+    def place(self) -> Place:
+        line, column = self.document.places[self.path]
+        return Place(self.file, line, column)
+
+
+def load(directory: Path, target: str | None) -> Desired:
+    """Everything the files of `directory` say for one target, variables filled in.
+
+    target: a name of `governance.targets`; None means the only one.
+    Raises InputError with every problem of every file, UsageError for a target that is not there.
+    """
+    sections, governance, problems, source = _parsed(directory)
+    if governance is None:
+        # Without the stores and the policy nothing else can be judged; what can be said of the rest was said.
+        raise InputError(_in_order(problems))
+    return _resolved(directory, sections, governance, _target(governance, target), problems, source)
+
+
+def load_all(directory: Path) -> list[Desired]:
+    """The same for every target. Raises InputError with every problem of every file, each once."""
+    sections, governance, problems, source = _parsed(directory)
+    if governance is None:
+        raise InputError(_in_order(problems))
+    loaded: list[Desired] = []
+    found: list[Problem] = []
+    for target in governance.targets:
+        try:
+            loaded.append(_resolved(directory, sections, governance, target, problems, source))
+        except InputError as error:
+            found += error.problems
+    if found:
+        raise InputError(_in_order(found))
+    return loaded
+
+
+def _parsed(directory: Path) -> tuple[dict[str, dict[str, _Entry]], Governance | None, list[Problem], str]:
+    documents, problems, source = _documents(directory)
+    sections, found = _merge(documents)
+    problems += found
+    if not documents:
+        return sections, None, problems, source
+    governance, found = _governance(sections.get("governance", {}), directory)
+    return sections, governance, [*problems, *found], source
+
+
+def _resolved(  # noqa: PLR0913, PLR0917 - what was parsed, for one target
+    directory: Path,
+    sections: Mapping[str, Mapping[str, _Entry]],
+    governance: Governance,
+    chosen: str,
+    problems: list[Problem],
+    source: str,
+) -> Desired:
+    variables = {**governance.vars, **governance.targets[chosen].vars}
+    policy = Policy(
+        approval=governance.approval,
+        apply=governance.apply,
+        allow_functions=governance.allow_functions,
+        allow_not_judged=governance.allow_not_judged,
+    )
+    context = Context(root=directory, stores=governance.gate_stores, policy=policy)
+    items, found = _items(sections, variables, context)
+    judged, more = _checks(sections, variables, context, items)
+    if problems or found or more:
+        raise InputError(_in_order([*problems, *found, *more]))
+    return Desired(
+        name=governance.name,
+        release=governance.release,
+        target=chosen,
+        database=governance.targets[chosen].database,
+        ledger=governance.targets[chosen].ledger,
+        policy=policy,
+        scope=governance.scope,
+        stores=governance.gate_stores,
+        items=dict(sorted(items.items())),
+        checks=dict(sorted(judged.items())),
+        source_digest=source,
+    )
+
+
+def schema() -> dict[str, Json]:
+    """JSON Schema of a state file, for editors: every section with its entries."""
+    definitions: dict[str, Json] = {}
+
+    def of(model: type[Model]) -> Json:
+        body = model.model_json_schema(by_alias=True, ref_template="#/$defs/{model}")
+        definitions.update(body.pop("$defs", {}))
+        return body
+
+    properties: dict[str, Json] = {"governance": of(Governance)}
+    for kind in kinds().values():
+        properties[kind.section] = {"type": "object", "additionalProperties": of(kind.Declaration)}
+    for check in checks().values():
+        forms = [of(form) for form in check.forms()]
+        properties[check.section] = {"type": "object", "additionalProperties": {"anyOf": forms}}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "reconciler state",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+        "$defs": definitions,
+    }
+
+
+def _in_order(problems: Iterable[Problem]) -> list[Problem]:
+    return sorted(
+        set(problems), key=lambda problem: (problem.file, problem.line or 0, problem.column or 0, problem.message)
+    )
+
+
+def _documents(directory: Path) -> tuple[dict[str, Document], list[Problem], str]:
+    """Every YAML file below the directory, parsed; problems; and the digest of all files that could be read."""
+    if not directory.is_dir():
+        raise UsageError(
+            f"There is no state directory {directory}.",
+            hint="Name it with --state, or make one with `reconciler init`.",
+        )
+    documents: dict[str, Document] = {}
+    problems: list[Problem] = []
+    sha = hashlib.sha256()
+    files = sorted(path for path in directory.rglob("*") if path.suffix in {".yaml", ".yml", ".sql"})
+    for path in files:
+        name = str(path)
+        if path.suffix == ".yml":
+            problems.append(Problem(name, None, None, "only *.yaml is read: rename it, so that nothing goes unseen"))
+            continue
+        text, found = read_text(path, directory)
+        if path.suffix == ".sql":
+            # Named by functions, which say what is wrong with it; here it only counts for the digest.
+            text, found = text or "", []
+        problems += found
+        if text is None:
+            continue
+        sha.update(f"{path.relative_to(directory)}\0{len(text)}\0{text}".encode())
+        if path.suffix == ".yaml":
+            document, found = parse(text, name)
+            problems += found
+            if document is not None:
+                documents[name] = document
+    if not documents and not problems:
+        problems.append(
+            Problem(
+                str(directory), None, None, "no *.yaml file here; `reconciler init` writes a directory to start from"
+            )
+        )
+    return documents, problems, sha.hexdigest()
+
+
+def _merge(documents: Mapping[str, Document]) -> tuple[dict[str, dict[str, _Entry]], list[Problem]]:
+    """Section -> name -> entry over all files; a name in two places is a problem that names both."""
+    known = [
+        "governance",
+        *(kind.section for kind in kinds().values()),
+        *(check.section for check in checks().values()),
+    ]
+    sections: dict[str, dict[str, _Entry]] = {}
+    problems: list[Problem] = []
+    for file, document in documents.items():
+        top = cast("dict[str, Json]", document.data or {})
+        for section, body in top.items():
+            if section not in known:
+                near = difflib.get_close_matches(section, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"sections: {', '.join(known)}"
+                problems.append(document.problem(file, (section,), f"unknown section {section!r}; {hint}"))
+                continue
+            if section == "governance":
+                entries: dict[str, Json] = {"governance": body}
+            elif body is None:
+                entries = {}
+            elif isinstance(body, dict):
+                entries = cast("dict[str, Json]", body)
+            else:
+                message = f"section {section!r} must be a mapping of names to entries"
+                problems.append(document.problem(file, (section,), message, value=True))
+                continue
+            seen = sections.setdefault(section, {})
+            for name, data in entries.items():
+                path = (section,) if section == "governance" else (section, name)
+                entry = _Entry(file, document, path, data)
+                if name in seen:
+                    where = "section governance" if section == "governance" else f"{section}.{name}"
+                    problems.append(entry.problem(f"{where} is already declared at {seen[name].place}"))
+                else:
+                    seen[name] = entry
+    return sections, problems
+
+
+def _governance(entries: Mapping[str, _Entry], directory: Path) -> tuple[Governance | None, list[Problem]]:
+    entry = entries.get("governance")
+    if entry is None:
+        return None, [Problem(str(directory), None, None, "no file has the section `governance`")]
+    governance, problems = validate(Governance, entry.document, entry.path, entry.data, entry.file)
+    if governance is None:
+        return None, problems
+    for name, store in governance.gate_stores.items():
+        problems += _qualified(entry, ("gate_stores", name, "table"), store.table)
+    for index, scope in enumerate(governance.scope.markers):
+        problems += _qualified(entry, ("scope", "markers", index, "table"), scope.table)
+    for index, scope in enumerate(governance.scope.gates):
+        if scope.store not in governance.gate_stores:
+            message = f"gate store {scope.store!r} is not declared in governance.gate_stores"
+            problems.append(entry.problem(message, ("scope", "gates", index, "store"), value=True))
+    return governance, problems
+
+
+def _qualified(entry: _Entry, path: tuple[str | int, ...], text: str) -> list[Problem]:
+    try:
+        relation(text)
+    except ValueError as error:
+        return [entry.problem(str(error), path, value=True)]
+    return []
+
+
+def _target(governance: Governance, target: str | None) -> str:
+    names = sorted(governance.targets)
+    if target is None:
+        if len(names) > 1:
+            raise UsageError(f"Which target? The files have {', '.join(names)}.", hint="Name one with --target.")
+        return names[0]
+    if target not in governance.targets:
+        near = difflib.get_close_matches(target, names, 1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"The files have {', '.join(names)}."
+        raise UsageError(f"There is no target {target!r}.", hint=hint)
+    return target
+
+
+def _fill(entry: _Entry, variables: Mapping[str, Json], problems: list[Problem]) -> Json:
+    """The entry's data with every `{var: name}` replaced by the variable."""
+
+    def walk(data: Json, path: tuple[str | int, ...]) -> Json:
+        if isinstance(data, dict):
+            mapping = cast("dict[str, Json]", data)
+            if list(mapping) == ["var"] and isinstance(mapping["var"], str):
+                if mapping["var"] not in variables:
+                    known = ", ".join(sorted(variables)) or "none"
+                    message = f"there is no variable {mapping['var']!r} (governance.vars and the target's: {known})"
+                    problems.append(entry.problem(message, path))
+                return variables.get(mapping["var"])
+            return {key: walk(value, (*path, key)) for key, value in mapping.items()}
+        if isinstance(data, list):
+            values = cast("list[Json]", data)
+            return [walk(value, (*path, index)) for index, value in enumerate(values)]
+        return data
+
+    return walk(entry.data, ())
+
+
+def _placed(entry: _Entry, complaints: Iterable[Complaint | Problem]) -> list[Problem]:
+    return [
+        entry.problem(found.message, found.path, value=bool(found.path)) if isinstance(found, Complaint) else found
+        for found in complaints
+    ]
+
+
+def _items(
+    sections: Mapping[str, Mapping[str, _Entry]], variables: Mapping[str, Json], context: Context
+) -> tuple[dict[str, Declared], list[Problem]]:
+    items: dict[str, Declared] = {}
+    problems: list[Problem] = []
+    for kind in kinds().values():
+        for name, entry in sections.get(kind.section, {}).items():
+            before = len(problems)
+            data = _fill(entry, variables, problems)
+            if len(problems) > before:
+                continue
+            declaration, found = validate(kind.Declaration, entry.document, entry.path, data, entry.file)
+            problems += found
+            if declaration is None:
+                continue
+            spec, rules, complaints = kind.declare(name, declaration, context)
+            problems += _placed(entry, complaints)
+            if spec is not None and rules is not None:
+                item = Declared(kind.name, name, spec, rules, entry.place)
+                items[item.address] = item
+    problems += _gates_exist(items, sections)
+    return items, problems
+
+
+def _gates_exist(items: Mapping[str, Declared], sections: Mapping[str, Mapping[str, _Entry]]) -> list[Problem]:
+    """A function may only name gates that are declared: a misspelt gate would guard nothing."""
+    problems: list[Problem] = []
+    known = sections.get("gates", {})
+    for item in items.values():
+        gates: Any = getattr(item.rules, "gates", ())
+        for index, gate in enumerate(gates):
+            if gate not in known:
+                near = difflib.get_close_matches(gate, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                entry = sections["functions"][item.name]
+                problems.append(entry.problem(f"gate {gate!r} is not declared{hint}", ("gates", index), value=True))
+    return problems
+
+
+def _checks(
+    sections: Mapping[str, Mapping[str, _Entry]],
+    variables: Mapping[str, Json],
+    context: Context,
+    items: Mapping[str, Declared],
+) -> tuple[dict[str, Check], list[Problem]]:
+    judged: dict[str, Check] = {}
+    problems: list[Problem] = []
+    for check in checks().values():
+        for name, entry in sections.get(check.section, {}).items():
+            before = len(problems)
+            data = _fill(entry, variables, problems)
+            if len(problems) > before:
+                continue
+            form, message = check.form(data)
+            if form is None:
+                problems.append(entry.problem(message))
+                continue
+            declaration, found = validate(form, entry.document, entry.path, data, entry.file)
+            problems += found
+            if declaration is None:
+                continue
+            spec, complaints = check.declare(name, declaration, context, items)
+            problems += _placed(entry, complaints)
+            if spec is not None:
+                one = Check(check.name, name, spec, entry.place)
+                judged[one.address] = one
+    return judged, problems

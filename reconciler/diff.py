@@ -1,0 +1,146 @@
+"""Third step of the flow: Desired and Live -> Changes. Pure: the same two inputs always give the same list."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, cast
+
+from reconciler.errors import Refused
+from reconciler.kinds import Blocked, Kind, Wanted, kinds
+from reconciler.model import Action, Change, Declared, Desired, FieldChange, Hazard, Json, Live, Model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+def changes(desired: Desired, live: Live, last: Mapping[str, Json]) -> tuple[Change, ...]:
+    """What leads from live to desired, in the order of an apply.
+
+    last: the manifest of the last ledger entry (address -> {"kind", "spec"}), empty when there is none.
+    Raises Refused, naming every object that may not be changed from its live state.
+    """
+    blocked: list[str] = []
+    found: list[Change] = []
+    known = kinds()
+    for item in desired.items.values():
+        kind = known[item.kind]
+        before = live.items.get(item.address)
+        try:
+            wanted = kind.decide(item.spec, item.rules, before, live.facts.get(item.address, {}))
+        except Blocked as reason:
+            place = f" ({item.place})" if item.place else ""
+            blocked.append(f"{item.address}{place}: {reason}")
+            continue
+        if wanted is not None:
+            found.append(_change(kind, item, before, wanted, last))
+    if blocked:
+        raise Refused(
+            "The live database does not allow what the files want.",
+            details=blocked,
+            hint="Nothing was changed. Correct the files, or find out who changed the database and why.",
+        )
+    return (*_ordered(found), *_forgotten(desired, last))
+
+
+def _change(
+    kind: Kind[Any, Any, Any], item: Declared, before: Model | None, wanted: Wanted, last: Mapping[str, Json]
+) -> Change:
+    old = None if before is None else before.dump()
+    new = wanted.after.dump()
+    hazards: set[Hazard] = kind.hazards(before, wanted.after, item.rules)
+    applied = last.get(item.address)
+    reason = "declared and missing" if before is None else "differs from what is declared"
+    if applied is not None and applied["spec"] != (None if before is None else kind.essence(before).dump()):
+        hazards.add("overwrites_drift")
+        reason = "changed since the last apply"
+    actions: tuple[Action, ...] = ("remove", "add") if wanted.replace else ("add",) if before is None else ("change",)
+    return Change(
+        address=item.address,
+        kind=item.kind,
+        actions=actions,
+        before=old,
+        after=new,
+        context=wanted.context,
+        fields=fields(old, new) if old is not None else (),
+        reason=reason,
+        hazards=tuple(sorted(hazards)),
+        statements=kind.render(before, wanted.after, item.rules, wanted.context),
+    )
+
+
+def _forgotten(desired: Desired, last: Mapping[str, Json]) -> list[Change]:
+    """Protection outlives its line: what the ledger knows and no file declares is shown, and needs approval."""
+    return [
+        Change(
+            address=address,
+            kind=entry["kind"],
+            actions=("forget",),
+            before=entry["spec"],
+            reason="no file declares it any more; it stays in the database, ungoverned",
+            hazards=("forgets",),
+        )
+        for address, entry in sorted(last.items())
+        if address not in desired.items and address not in desired.checks
+    ]
+
+
+def _ordered(found: Sequence[Change]) -> list[Change]:
+    """By kind in the order of an apply; functions after the functions that their bodies name, otherwise by address."""
+    order = {name: index for index, name in enumerate(kinds())}
+    ranked = sorted(found, key=lambda change: (order[change.kind], change.address))
+    bodies: dict[str, str] = {change.address: (change.after or {}).get("body", "") for change in ranked}
+    names = {address: re.compile(rf"\b{re.escape((change.after or {}).get('name', ''))}\b")
+             for address, change in ((change.address, change) for change in ranked) if bodies[address]}  # fmt: skip
+    done: list[Change] = []
+    placed: set[str] = set()
+    visiting: set[str] = set()
+    by_address = {change.address: change for change in ranked}
+
+    def place(change: Change) -> None:
+        if change.address in placed or change.address in visiting:
+            return  # placed, or a cycle: PL/pgSQL bodies are resolved when they run
+        visiting.add(change.address)
+        for address, name in names.items():
+            if address != change.address and name.search(bodies[change.address]):
+                place(by_address[address])
+        placed.add(change.address)
+        done.append(change)
+
+    for change in ranked:
+        place(change)
+    return done
+
+
+def fields(before: Json, after: Json) -> tuple[FieldChange, ...]:
+    """The top-level fields that differ, then, inside mappings and lists, the paths that do (deepdiff).
+
+    Plain comparison first: only what differs is looked at closely.
+    """
+    found: list[FieldChange] = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if old == new and type(old) is type(new):
+            continue
+        if isinstance(old, list | dict) and isinstance(new, list | dict):
+            found += _inside(name, old, new)
+        else:
+            found.append(FieldChange(name=name, before=old, after=new))
+    return tuple(found)
+
+
+def _inside(name: str, old: Json, new: Json) -> Iterable[FieldChange]:
+    # Slow to import, and most runs have nothing to compare this closely.
+    from deepdiff import DeepDiff
+    from deepdiff.helper import notpresent
+
+    # deepdiff has no types: a group of levels, each with a path and the two values.
+    delta = cast("dict[str, list[Any]]", DeepDiff(old, new, view="tree", ignore_order=False))
+    levels = sorted((level for group in delta.values() for level in group), key=lambda level: str(level.path()))
+    return [
+        FieldChange(
+            name=str(level.path(root=name)),
+            before=None if level.t1 is notpresent else level.t1,
+            after=None if level.t2 is notpresent else level.t2,
+        )
+        for level in levels
+    ]

@@ -1,0 +1,146 @@
+"""The three-way classification, pure: desired (files), last applied (ledger), live. Drift and pending stay apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, get_args
+
+from reconciler import __version__
+from reconciler.diff import fields
+from reconciler.errors import UsageError
+from reconciler.kinds import kinds
+from reconciler.model import (
+    FORMAT_VERSION,
+    Action,
+    Declared,
+    Desired,
+    Drift,
+    Entry,
+    Finding,
+    Json,
+    Live,
+    Model,
+    NotCompared,
+    Target,
+    Verdict,
+    blocking,
+)
+from reconciler.plan import stamp
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from datetime import datetime
+
+
+class DriftReport(Model):
+    """What `drift` says. `outcome` is the word of the exit code."""
+
+    format_version: str
+    outcome: str
+    tool: str
+    checked_at: str
+    target: Target
+    last_applied: Json
+    drift: tuple[Drift, ...]
+    pending: tuple[Drift, ...]
+    findings: tuple[Finding, ...]
+    invariants: tuple[Verdict, ...]
+    not_compared: tuple[NotCompared, ...]
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Drift is live against last applied, pending is desired against last applied."""
+
+    drift: tuple[Drift, ...]
+    pending: tuple[Drift, ...]
+
+
+def classify(desired: Desired, last: Mapping[str, Json], live: Live, *, last_known: bool) -> Classified:
+    """Every declared object that moved, by address.
+
+    last: the ledger's manifest; empty before the first apply, when nothing can have drifted and all that differs is
+    pending. last_known: False when there is a ledger that this role may not read: then what differs from the files
+    counts as drift, because nobody can say that it is only pending.
+    """
+    known = kinds()
+    drift: list[Drift] = []
+    pending: list[Drift] = []
+    for address, item in desired.items.items():
+        kind = known[item.kind]
+        found = live.items.get(address)
+        now = None if found is None else kind.essence(found).dump()
+        wanted = kind.essence(item.spec).dump()
+        applied = last[address]["spec"] if address in last else None
+        if not last_known:
+            if now != wanted:
+                drift.append(_moved(item, wanted, now, "differs from the files; what was last applied is not known"))
+            continue
+        if address in last and now != applied:
+            drift.append(_moved(item, applied, now, "changed since the last apply"))
+        if wanted == applied or (applied is None and now == wanted):
+            continue  # as applied, or declared and already there
+        reason = "declared and not applied" if applied is None else "the files changed since the last apply"
+        pending.append(_moved(item, applied, wanted, reason))
+    return Classified(tuple(drift), tuple(pending))
+
+
+def _moved(item: Declared, before: Json, after: Json, reason: str) -> Drift:
+    action: Action = "add" if before is None else "remove" if after is None else "change"
+    return Drift(
+        address=item.address,
+        kind=item.kind,
+        actions=(action,),
+        before=before,
+        after=after,
+        fields=fields(before, after) if before is not None and after is not None else (),
+        reason=reason,
+    )
+
+
+def finding_codes(text: str) -> frozenset[str]:
+    """`undeclared,stale_heartbeat` as codes. Raises UsageError for one that no finding has."""
+    known: tuple[str, ...] = get_args(Finding.model_fields["code"].annotation)
+    codes = frozenset(part.strip() for part in text.split(",") if part.strip())
+    if unknown := sorted(codes - set(known)):
+        raise UsageError(f"--fail-on: there is no finding {', '.join(unknown)}.", hint=f"Findings: {', '.join(known)}.")
+    return codes
+
+
+def report(  # noqa: PLR0913 - what the report consists of
+    desired: Desired,
+    moved: Classified,
+    *,
+    target: Target,
+    entry: Entry | None,
+    findings: Sequence[Finding],
+    verdicts: Sequence[Verdict],
+    not_compared: Sequence[NotCompared],
+    now: datetime,
+) -> DriftReport:
+    """The report, with the word of its exit code."""
+    blocked = blocking(verdicts, desired.policy)
+    applied = None
+    if entry is not None:
+        release = entry.body["plan"]["state"]["release"]
+        applied = {"entry": entry.number, "recorded_at": entry.recorded_at, "release": release, "hash": entry.hash}
+    return DriftReport(
+        format_version=FORMAT_VERSION,
+        outcome="violated" if blocked else "drift" if moved.drift else "no_changes",
+        tool=f"reconciler {__version__}",
+        checked_at=stamp(now),
+        target=target,
+        last_applied=applied,
+        drift=moved.drift,
+        pending=moved.pending,
+        findings=tuple(findings),
+        invariants=tuple(verdicts),
+        not_compared=tuple(not_compared),
+    )
+
+
+def exit_code(found: DriftReport, fail_on: Collection[str]) -> int:
+    """3 violated, 2 drift or a finding that was asked to fail, 0 otherwise: pending alone is 0 (DESIGN 8)."""
+    if found.outcome == "violated":
+        return 3
+    return 2 if found.drift or any(finding.code in fail_on for finding in found.findings) else 0

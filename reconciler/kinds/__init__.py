@@ -1,0 +1,121 @@
+"""What is reconciled, one file each. A kind declares, reads and renders one sort of object; here is their shape.
+
+A new kind is a new module in this folder with a `KIND`; `desired`, `live`, `diff`, `plan` and `apply` find it here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from reconciler.model import (
+    Change,
+    Declared,
+    Finding,
+    GateStore,
+    Hazard,
+    Json,
+    JsonObject,
+    Model,
+    Scope,
+    Statement,
+    canonical,
+)
+from reconciler.parts import Complaint, Context, discover
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from reconciler import pg
+    from reconciler.errors import Problem
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one kind found: objects and facts by address, findings, undeclared objects among them."""
+
+    items: Mapping[str, Model] = field(default_factory=dict[str, Model])
+    facts: Mapping[str, Mapping[str, Json]] = field(default_factory=dict[str, "Mapping[str, Json]"])
+    findings: Sequence[Finding] = ()
+
+
+class Blocked(Exception):
+    """The live database does not allow this change; the message says why and names both values."""
+
+
+class Wanted(NamedTuple):
+    """The decision that something must change: the wanted object, and what else its statements are derived from."""
+
+    after: Model
+    context: JsonObject | None = None
+    replace: bool = False
+
+
+D = TypeVar("D", bound=Model)
+S = TypeVar("S", bound=Model)
+R = TypeVar("R", bound=Model)
+
+
+class Kind(ABC, Generic[D, S, R]):
+    """One sort of governed object. `order`: position in an apply; removals run in reverse, after everything else."""
+
+    name: ClassVar[str]
+    section: ClassVar[str]
+    order: ClassVar[int]
+    Declaration: type[D]
+    Spec: type[S]
+    Rules: type[R]
+
+    @abstractmethod
+    def declare(
+        self, name: str, declaration: D, context: Context
+    ) -> tuple[S | None, R | None, list[Complaint | Problem]]:
+        """One entry of the section, resolved offline. Collects every problem; the pair is None when there is any."""
+
+    @abstractmethod
+    def read(
+        self, conn: pg.Connection, wanted: Sequence[Declared], scope: Scope, stores: Mapping[str, GateStore]
+    ) -> Reading:
+        """The declared objects that exist, and findings for undeclared ones in scope. Reads only."""
+
+    @abstractmethod
+    def decide(self, spec: S, rules: R, live: S | None, facts: Mapping[str, Json]) -> Wanted | None:
+        """None when in sync. Pure. Raises Blocked when the change may not be made from this live state."""
+
+    @abstractmethod
+    def render(self, before: S | None, after: S | None, rules: R, context: JsonObject | None) -> tuple[Statement, ...]:
+        """The complete statements that lead from `before` to `after`. Pure."""
+
+    @abstractmethod
+    def hazards(self, before: S | None, after: S | None, rules: R) -> set[Hazard]:
+        """What about this change a person must accept by name. Pure."""
+
+    @abstractmethod
+    def lock(self, conn: pg.Connection, change: Change, before: S | None, rules: R) -> None:
+        """Take the locks that keep others from the object until COMMIT, writing nothing. Raises Stale, Locked."""
+
+    def settled(self, after: S, live: S | None) -> bool:
+        """Is what is there after the statements what was approved?"""
+        return live == after
+
+    def essence(self, live: S) -> S:
+        """What of a live object the ledger remembers and drift is judged by."""
+        return live
+
+    def masked(self, after: S) -> S:
+        """The wanted object without values that a plan for strangers must not show."""
+        return after
+
+    def load(self, spec: Json) -> S:
+        """A spec from JSON types (strict models take tuples only from JSON). Raises pydantic.ValidationError."""
+        return self.Spec.model_validate_json(canonical(spec))
+
+    def load_rules(self, rules: Json) -> R:
+        """Rules from JSON types. Raises pydantic.ValidationError."""
+        return self.Rules.model_validate_json(canonical(rules))
+
+
+def kinds() -> dict[str, Kind[Any, Any, Any]]:
+    """Every kind, by name, in the order of an apply."""
+    return dict(sorted(discover(__name__, list(__path__), "KIND").items(), key=lambda item: item[1].order))

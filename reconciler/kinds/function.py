@@ -1,0 +1,591 @@
+"""Kind `function`: functions and procedures with every attribute, owner, grants and comment."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from psycopg import sql
+from pydantic import Field
+
+from reconciler import pg
+from reconciler.defaults import canonical_default, split_expressions
+from reconciler.errors import Problem, Stale
+from reconciler.kinds import Blocked, Kind, Reading, Wanted
+from reconciler.model import (
+    Change,
+    Declared,
+    Finding,
+    GateStore,
+    Hazard,
+    Json,
+    JsonObject,
+    Model,
+    Scope,
+    Statement,
+    glob_regex,
+)
+from reconciler.parts import Complaint, Context, complete, raw
+from reconciler.sql import Arg, Routine, check_body, identity, parse_identity, parse_routine
+from reconciler.yamltext import read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+# proconfig of these holds a list of quoted identifiers, not one string (GUC_LIST_QUOTE; pg_dump has the same list).
+LIST_SETTINGS = frozenset({
+    "local_preload_libraries", "search_path", "session_preload_libraries", "shared_preload_libraries",
+    "temp_tablespaces", "unix_socket_directories",
+})  # fmt: skip
+
+WAIVABLE = ("pinned_path", "public_execute")
+
+
+class Grant(Model, frozen=True):
+    """EXECUTE for one grantee. `grantee` None is PUBLIC."""
+
+    grantee: str | None
+    grantor: str
+    grantable: bool = False
+
+
+class FunctionDeclaration(Model):
+    """What a file says of one function beside its CREATE statement. `execute` is exact; PUBLIC only if named."""
+
+    source: str
+    owner: str = Field(min_length=1)
+    execute: tuple[str, ...] = ()
+    comment: str | None = None
+    gates: tuple[str, ...] = ()
+    created_under: tuple[str, ...] | None = None
+    waive: dict[str, str] = {}
+
+
+class FunctionSpec(Routine):
+    """Everything that is compared. `sql_body`: the body is stored parsed (BEGIN ATOMIC), so `body` does not show it."""
+
+    owner: str
+    acl: tuple[Grant, ...]
+    comment: str | None
+    sql_body: bool = False
+
+    @property
+    def identity(self) -> str:
+        """As regprocedure prints it under an empty search_path."""
+        return identity(self.schema_name, self.name, self.args)
+
+
+class FunctionRules(Model):
+    """What the files say beside the object: the gates it reads, in this order; the path to create it under."""
+
+    gates: tuple[str, ...] = ()
+    created_under: tuple[str, ...] | None = None
+    waived: tuple[str, ...] = ()
+    checked_offline: bool = True
+
+
+class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
+    """Reads, compares, creates and changes functions and procedures."""
+
+    name = "function"
+    section = "functions"
+    order = 10
+    Declaration = FunctionDeclaration
+    Spec = FunctionSpec
+    Rules = FunctionRules
+
+    def declare(
+        self, name: str, declaration: FunctionDeclaration, context: Context
+    ) -> tuple[FunctionSpec | None, FunctionRules | None, list[Complaint | Problem]]:
+        """Read and parse the source file, and hold it against the key, the built-in rules and PL/pgSQL's own parser."""
+        problems: list[Complaint | Problem] = []
+        canonical, troubles = parse_identity(name)
+        problems += [Complaint((), trouble.message) for trouble in troubles]
+        if canonical is not None and canonical != name:
+            problems.append(Complaint((), f"write the identity as regprocedure prints it: {canonical}"))
+        source = context.root / declaration.source
+        path = str(source)
+        text, unreadable = read_text(source, context.root)
+        if text is None:
+            return None, None, [*problems, *(Complaint(("source",), str(problem)) for problem in unreadable)]
+        routine, troubles = parse_routine(text)
+        problems += [Problem(path, trouble.line, trouble.column, trouble.message) for trouble in troubles]
+        if routine is None:
+            return None, None, problems
+        found = identity(routine.schema_name, routine.name, routine.args)
+        if canonical is not None and found != canonical:
+            problems.append(Complaint((), f"{path} creates {found}, not {canonical}"))
+        checked = True
+        if routine.language == "plpgsql":
+            troubles, checked = check_body(text)
+            problems += [Problem(path, trouble.line, trouble.column, trouble.message) for trouble in troubles]
+        problems += _rules(declaration, routine, context)
+        if problems:
+            return None, None, problems
+        owner = declaration.owner
+        grantees = {None if role == "PUBLIC" else role for role in declaration.execute} | {owner}
+        spec = FunctionSpec(
+            **{name: getattr(routine, name) for name in Routine.model_fields},
+            owner=owner,
+            acl=_sorted(Grant(grantee=grantee, grantor=owner) for grantee in grantees),
+            comment=declaration.comment,
+        )
+        rules = FunctionRules(
+            gates=declaration.gates,
+            created_under=declaration.created_under,
+            waived=tuple(sorted(declaration.waive)),
+            checked_offline=checked,
+        )
+        return spec, rules, []
+
+    def read(
+        self, conn: pg.Connection, wanted: Sequence[Declared], scope: Scope, stores: Mapping[str, GateStore]
+    ) -> Reading:
+        """Catalog columns only: the pg_get_* functions show newer text than the snapshot (DESIGN 12)."""
+        declared = {item.name: item for item in wanted if isinstance(item.spec, FunctionSpec)}
+        specs = [item.spec for item in declared.values() if isinstance(item.spec, FunctionSpec)]
+        found = pg.rows(
+            conn,
+            _QUERY,
+            {
+                "schemas": [spec.schema_name for spec in specs],
+                "names": [spec.name for spec in specs],
+                "scope_schemas": [entry.schema_name for entry in scope.functions],
+                "scope_patterns": [glob_regex(entry.matching) for entry in scope.functions],
+            },
+            doing="reading functions",
+        )
+        items: dict[str, Model] = {}
+        facts: dict[str, Mapping[str, Json]] = {}
+        findings: list[Finding] = []
+        for row in found:
+            spec = _spec(row)
+            address = f"{self.name}.{spec.identity}"
+            if spec.identity in declared:
+                items[address] = spec
+                facts[address] = {"xmin": row["xmin"]}
+            elif row["in_scope"] and not row["extension"]:
+                message = f"{row['prokind_word']} {spec.identity} is in scope but no file declares it"
+                findings.append(Finding(code="undeclared", address=address, message=message))
+        missing = [item for name, item in declared.items() if f"{self.name}.{name}" not in items]
+        roles = _roles(conn, specs)
+        leaks = _default_grants(conn) if missing else []
+        for item in declared.values():
+            spec = item.spec
+            if not isinstance(spec, FunctionSpec):
+                continue
+            named = {spec.owner, *(grant.grantee for grant in spec.acl if grant.grantee is not None)}
+            fact: dict[str, Json] = dict(facts.get(item.address, {}))
+            if absent := sorted(named - roles):
+                fact["missing_roles"] = absent
+            if item.address not in items:
+                fact["default_grantees"] = sorted(
+                    {
+                        leak["grantee"]
+                        for leak in leaks
+                        if leak["owner"] == spec.owner and leak["schema"] in {None, spec.schema_name}
+                    }
+                )
+            facts[item.address] = fact
+            if isinstance(item.rules, FunctionRules) and item.rules.gates:
+                message = f"no proof exercises its gates {', '.join(item.rules.gates)}"
+                findings.append(Finding(code="unproven", address=item.address, message=message))
+        return Reading(items, facts, findings)
+
+    def decide(
+        self, spec: FunctionSpec, rules: FunctionRules, live: FunctionSpec | None, facts: Mapping[str, Json]
+    ) -> Wanted | None:
+        """In sync when every attribute is equal. A change that OR REPLACE cannot make is a drop and a create."""
+        if live == spec:
+            return None
+        if absent := facts.get("missing_roles"):
+            raise Blocked(f"role {', '.join(absent)} does not exist in this cluster")
+        if live is None:
+            return Wanted(spec, {"default_grantees": facts.get("default_grantees", [])})
+        if _needs_replacement(live, spec):
+            return Wanted(spec, {"default_grantees": []}, replace=True)
+        return Wanted(spec)
+
+    def render(
+        self, before: FunctionSpec | None, after: FunctionSpec | None, rules: FunctionRules, context: JsonObject | None
+    ) -> tuple[Statement, ...]:
+        """Create or change with every attribute written out: OR REPLACE silently resets what it is not told."""
+        if after is None:
+            return ()
+        name = raw(after.identity)
+        statements: list[Statement] = []
+        if before is None or _needs_replacement(before, after):
+            if before is not None:
+                statements.append(complete(sql.SQL("DROP ROUTINE {}").format(name), before.owner))
+            statements.append(complete(_create(after, replace=False), after.owner))
+            leaked: list[str | None] = [None, *((context or {}).get("default_grantees") or [])]
+            acl = {Grant(grantee=grantee, grantor=after.owner) for grantee in (*leaked, after.owner)}
+            comment = None
+        else:
+            acl = set(before.acl)
+            comment = before.comment
+            if before.owner != after.owner:
+                # As the apply role: the old owner need not be a member of the new one.
+                change_owner = sql.SQL("ALTER ROUTINE {} OWNER TO {}").format(name, sql.Identifier(after.owner))
+                statements.append(complete(change_owner))
+                # ALTER OWNER puts the new owner in the place of the old one, as grantee and as grantor.
+                acl = {_reowned(grant, before.owner, after.owner) for grant in acl}
+            if _routine(before) != _routine(after):
+                statements.append(complete(_create(after, replace=True), after.owner))
+        statements += _grants(acl, set(after.acl), name, after.owner)
+        if comment != after.comment:
+            comment_on = sql.SQL("COMMENT ON ROUTINE {} IS {}").format(name, sql.Literal(after.comment))
+            statements.append(complete(comment_on, after.owner))
+        return tuple(statements)
+
+    def hazards(self, before: FunctionSpec | None, after: FunctionSpec | None, rules: FunctionRules) -> set[Hazard]:
+        """What the new form lets somebody do that the old one did not."""
+        if after is None:
+            return set()
+        found: set[Hazard] = set()
+        if after.security_definer and not (before and before.security_definer and before.owner == after.owner):
+            found.add("security_definer")
+        old = {grant.grantee for grant in before.acl} if before else set[str | None]()
+        new = {grant.grantee for grant in after.acl} - old - {after.owner}
+        if None in new:
+            found.add("grants_public")
+        if new - {None}:
+            found.add("grants_execute")
+        if before and before.owner != after.owner:
+            found.add("changes_owner")
+        if before and _needs_replacement(before, after):
+            found.add("replaces_function")
+        return found
+
+    def lock(self, conn: pg.Connection, change: Change, before: FunctionSpec | None, rules: FunctionRules) -> None:
+        """Two ALTERs that write back nothing that was read before (DESIGN 7.4).
+
+        NO DEPENDS ON EXTENSION takes the object lock (COMMENT and DROP wait); RESET of a setting nobody can set takes
+        the catalog tuple (REPLACE, ALTER, GRANT and RENAME wait and fail). ssl_renegotiation_limit exists on every
+        supported major and has had no effect since 9.5.
+        """
+        if before is None:
+            return
+        extension = pg.rows(
+            conn,
+            """
+            SELECT e.extname::pg_catalog.text AS name FROM pg_catalog.pg_extension e
+             WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                                 JOIN pg_catalog.pg_proc p ON p.oid = d.objid
+                                 JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+                                WHERE d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+                                  AND d.refobjid = e.oid AND d.deptype = 'x'
+                                  AND n.nspname = %s AND p.proname = %s)
+             ORDER BY e.extname = 'plpgsql' DESC, e.extname LIMIT 1
+            """,
+            (before.schema_name, before.name),
+            doing=f"locking {change.address}",
+        )
+        if not extension:
+            raise Stale(
+                f"{change.address} cannot be locked: no installed extension is free to name in the lock statement."
+            )
+        name = raw(before.identity)
+        doing = f"locking {change.address}"
+        pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(before.owner)), doing)
+        no_depends = sql.SQL("ALTER ROUTINE {} NO DEPENDS ON EXTENSION {}")
+        pg.run(conn, no_depends.format(name, sql.Identifier(extension[0]["name"])), doing)
+        pg.run(conn, sql.SQL("ALTER ROUTINE {} RESET ssl_renegotiation_limit").format(name), doing)
+        pg.run(conn, "SET LOCAL ROLE NONE", doing)
+
+
+def _rules(declaration: FunctionDeclaration, routine: Routine, context: Context) -> list[Complaint | Problem]:
+    """The built-in rules, each waivable by name with a reason (DESIGN 4)."""
+    problems: list[Complaint | Problem] = []
+    for name, reason in declaration.waive.items():
+        if name not in WAIVABLE:
+            problems.append(Complaint(("waive", name), f"there is no rule {name!r}; rules: {', '.join(WAIVABLE)}"))
+        elif not reason.strip():
+            problems.append(Complaint(("waive", name), "a waiver needs a reason"))
+    tables = {store.table.rpartition(".")[2].strip('"') for store in context.stores.values()}
+    reads_gate = bool(declaration.gates) or any(re.search(rf"\b{re.escape(name)}\b", routine.body) for name in tables)
+    path = next((setting for setting in routine.config if setting.startswith("search_path=")), None)
+    pinned = path is not None and split_list(path.partition("=")[2])[-1:] == ["pg_temp"]
+    if (routine.security_definer or reads_gate) and not pinned and "pinned_path" not in declaration.waive:
+        what = "SECURITY DEFINER" if routine.security_definer else "a function that reads a gate"
+        problems.append(
+            Complaint(
+                ("source",),
+                f"{what} must pin its path with pg_temp last (SET search_path = pg_catalog, public, pg_temp):"
+                " a temporary table could otherwise stand in for a real one",
+            )
+        )
+    if "PUBLIC" in declaration.execute and "public_execute" not in declaration.waive:
+        problems.append(Complaint(("execute",), "EXECUTE for PUBLIC needs `waive: {public_execute: <reason>}`"))
+    if len(set(declaration.execute)) != len(declaration.execute):
+        problems.append(Complaint(("execute",), "a role is named twice"))
+    return problems
+
+
+def split_list(value: str) -> list[str]:
+    """The names in a stored list setting: `pg_catalog, "My Schema", pg_temp` -> three names, unquoted."""
+    parts = re.findall(r'"((?:[^"]|"")*)"|([^,\s"]+)', value)
+    return [plain or quoted.replace('""', '"') for quoted, plain in parts]
+
+
+def _sorted(grants: Iterable[Grant]) -> tuple[Grant, ...]:
+    return tuple(sorted(grants, key=lambda grant: (grant.grantee or "", grant.grantee is None, grant.grantor)))
+
+
+def _routine(spec: FunctionSpec) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in (*Routine.model_fields, "sql_body")}
+
+
+def _needs_replacement(live: FunctionSpec, spec: FunctionSpec) -> bool:
+    """Would CREATE OR REPLACE refuse it? PostgreSQL manual, CREATE FUNCTION, notes."""
+
+    def shape(routine: FunctionSpec) -> list[Any]:
+        outputs = [(arg.name, arg.mode, arg.type) for arg in routine.args if arg.mode in {"out", "inout", "table"}]
+        return [routine.kind, routine.returns, routine.returns_set, outputs, [arg.mode for arg in routine.args]]
+
+    if shape(live) != shape(spec):
+        return True
+    pairs = zip(live.args, spec.args, strict=False)
+    return any(
+        (old.name is not None and old.name != new.name) or (old.default is not None and new.default is None)
+        for old, new in pairs
+    )
+
+
+def _create(spec: FunctionSpec, *, replace: bool) -> sql.Composed:
+    """The complete CREATE statement; CREATE OR REPLACE only to change what exists."""
+    procedure = spec.kind == "procedure"
+    clauses: list[sql.Composable] = [sql.SQL("LANGUAGE {}").format(sql.Identifier(spec.language))]
+    if spec.transforms:
+        transforms = [sql.SQL("FOR TYPE {}").format(raw(name)) for name in spec.transforms]
+        clauses.append(sql.SQL("TRANSFORM {}").format(sql.SQL(", ").join(transforms)))
+    if spec.kind == "window":
+        clauses.append(sql.SQL("WINDOW"))
+    if not procedure:
+        clauses += [
+            raw(spec.volatility.upper()),
+            sql.SQL("STRICT" if spec.strict else "CALLED ON NULL INPUT"),
+            sql.SQL("LEAKPROOF" if spec.leakproof else "NOT LEAKPROOF"),
+            sql.SQL("PARALLEL {}").format(raw(spec.parallel.upper())),
+            sql.SQL("COST {}").format(sql.Literal(_number(spec.cost))),
+        ]
+        if spec.returns_set:
+            clauses.append(sql.SQL("ROWS {}").format(sql.Literal(_number(spec.rows))))
+        if spec.support:
+            clauses.append(sql.SQL("SUPPORT {}").format(raw(spec.support)))
+    clauses.append(sql.SQL("SECURITY DEFINER" if spec.security_definer else "SECURITY INVOKER"))
+    clauses += [_setting(setting) for setting in spec.config]
+    body = _quoted(spec.body)
+    if spec.binary is not None:
+        body = sql.SQL("{}, {}").format(sql.Literal(spec.binary), body)
+    clauses.append(sql.SQL("AS {}").format(body))
+    return sql.SQL("{} {} {}({}){}\n {}").format(
+        sql.SQL("CREATE OR REPLACE" if replace else "CREATE"),
+        sql.SQL("PROCEDURE" if procedure else "FUNCTION"),
+        sql.Identifier(spec.schema_name, spec.name),
+        sql.SQL(", ").join(_argument(arg) for arg in spec.args if arg.mode != "table"),
+        _returns(spec),
+        sql.SQL("\n ").join(clauses),
+    )
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _argument(arg: Arg) -> sql.Composable:
+    parts: list[sql.Composable] = [raw(arg.mode.upper())]
+    if arg.name is not None:
+        parts.append(sql.Identifier(arg.name))
+    parts.append(raw(arg.type))
+    if arg.default is not None:
+        parts.append(sql.SQL("DEFAULT {}").format(raw(arg.default)))
+    return sql.SQL(" ").join(parts)
+
+
+def _returns(spec: FunctionSpec) -> sql.Composable:
+    if spec.returns is None:
+        return sql.SQL("")
+    columns = [arg for arg in spec.args if arg.mode == "table"]
+    if columns:
+        parts = [sql.SQL("{} {}").format(sql.Identifier(arg.name or ""), raw(arg.type)) for arg in columns]
+        return sql.SQL("\n RETURNS TABLE({})").format(sql.SQL(", ").join(parts))
+    setof = sql.SQL("SETOF " if spec.returns_set else "")
+    return sql.SQL("\n RETURNS {}{}").format(setof, raw(spec.returns))
+
+
+def _setting(setting: str) -> sql.Composable:
+    name, _, value = setting.partition("=")
+    values = split_list(value) if name in LIST_SETTINGS else [value]
+    literals = sql.SQL(", ").join(map(sql.Literal, values)) if values else sql.SQL("''")
+    return sql.SQL("SET {} TO {}").format(sql.SQL(".").join(map(sql.Identifier, name.split("."))), literals)
+
+
+def _quoted(body: str) -> sql.Composable:
+    """The body between dollar quotes whose tag does not occur in it, so that it stays readable and byte-exact."""
+    tag, number = "$function$", 0
+    while tag[:-1] in body:
+        number += 1
+        tag = f"$function{number}$"
+    return raw(f"{tag}{body}{tag}")
+
+
+def _reowned(grant: Grant, old: str, new: str) -> Grant:
+    return Grant(
+        grantee=new if grant.grantee == old else grant.grantee,
+        grantor=new if grant.grantor == old else grant.grantor,
+        grantable=grant.grantable,
+    )
+
+
+def _grants(have: set[Grant], want: set[Grant], name: sql.SQL, owner: str) -> list[Statement]:
+    """REVOKE what is too much, then GRANT what is missing; each by its grantor, grants made by others first."""
+
+    def grantee(grant: Grant) -> sql.Composable:
+        return sql.SQL("PUBLIC") if grant.grantee is None else sql.Identifier(grant.grantee)
+
+    statements: list[Statement] = []
+    surplus = _sorted(have - want)
+    for grant in sorted(surplus, key=lambda grant: grant.grantor == owner):
+        kept = any((other.grantee, other.grantor) == (grant.grantee, grant.grantor) for other in want)
+        option = sql.SQL("GRANT OPTION FOR " if kept and grant.grantable else "")
+        revoke = sql.SQL("REVOKE {}EXECUTE ON ROUTINE {} FROM {}").format(option, name, grantee(grant))
+        statements.append(complete(revoke, grant.grantor))
+    for grant in _sorted(want - have):
+        if any((other.grantee, other.grantor) == (grant.grantee, grant.grantor) for other in have):
+            continue  # it had the grant option; taking that away left the plain grant
+        statements.append(complete(sql.SQL("GRANT EXECUTE ON ROUTINE {} TO {}").format(name, grantee(grant)), owner))
+    return statements
+
+
+def _spec(row: Mapping[str, Any]) -> FunctionSpec:
+    """One row of `_QUERY` as the model. Argument modes and defaults are stored apart from the types (pg_proc)."""
+    modes = {"i": "in", "o": "out", "b": "inout", "v": "variadic", "t": "table"}
+    types: list[str] = row["arg_types"] or []
+    arg_modes = [modes[mode] for mode in row["arg_modes"]] if row["arg_modes"] else ["in"] * len(types)
+    names: list[str | None] = [name or None for name in row["arg_names"]] if row["arg_names"] else [None] * len(types)
+    inputs = [index for index, mode in enumerate(arg_modes) if mode in {"in", "inout", "variadic"}]
+    expressions = split_expressions(row["defaults"]) if row["defaults"] else []
+    defaults: dict[int, str] = {}
+    for index, expression in zip(inputs[len(inputs) - len(expressions) :], expressions, strict=True):
+        defaults[index] = canonical_default(expression, types[index]) or expression
+    args = tuple(
+        Arg.model_validate(
+            {"name": names[index], "mode": arg_modes[index], "type": types[index], "default": defaults.get(index)}
+        )
+        for index in range(len(types))
+    )
+    entries: list[tuple[str | None, str, bool]] = row["acl"] or []
+    grants = _sorted(
+        Grant(grantee=grantee, grantor=grantor, grantable=grantable) for grantee, grantor, grantable in entries
+    )
+    procedure = row["prokind_word"] == "procedure"
+    return FunctionSpec(
+        schema_name=row["schema"],
+        name=row["name"],
+        kind=row["prokind_word"],
+        args=args,
+        returns=None if procedure else row["returns"],
+        returns_set=row["returns_set"],
+        language=row["language"],
+        volatility=row["volatility"],
+        security_definer=row["security_definer"],
+        parallel=row["parallel"],
+        strict=row["strict"],
+        leakproof=row["leakproof"],
+        cost=row["cost"],
+        rows=row["rows"],
+        support=row["support"],
+        transforms=tuple(row["transforms"] or ()),
+        config=tuple(row["config"] or ()),
+        body=row["body"],
+        binary=row["binary"],
+        owner=row["owner"],
+        acl=grants,
+        comment=row["comment"],
+        sql_body=row["sql_body"],
+    )
+
+
+def _roles(conn: pg.Connection, specs: Sequence[FunctionSpec]) -> set[str]:
+    named = {spec.owner for spec in specs} | {grant.grantee for spec in specs for grant in spec.acl if grant.grantee}
+    query = "SELECT rolname::pg_catalog.text AS name FROM pg_catalog.pg_roles WHERE rolname = ANY (%s)"
+    return {row["name"] for row in pg.rows(conn, query, (sorted(named),), doing="reading roles")}
+
+
+def _default_grants(conn: pg.Connection) -> list[dict[str, Any]]:
+    """Who else gets EXECUTE on a new function, by ALTER DEFAULT PRIVILEGES: (owner, schema or None, grantee)."""
+    return pg.rows(
+        conn,
+        """
+        SELECT o.rolname::pg_catalog.text AS owner, n.nspname::pg_catalog.text AS schema,
+               g.rolname::pg_catalog.text AS grantee
+          FROM pg_catalog.pg_default_acl d
+          JOIN pg_catalog.pg_roles o ON o.oid = d.defaclrole
+          LEFT JOIN pg_catalog.pg_namespace n ON n.oid = d.defaclnamespace
+         CROSS JOIN LATERAL pg_catalog.aclexplode(d.defaclacl) a
+          JOIN pg_catalog.pg_roles g ON g.oid = a.grantee
+         WHERE d.defaclobjtype = 'f' AND a.grantee <> d.defaclrole
+        """,
+        doing="reading default privileges",
+    )
+
+
+_QUERY = """
+WITH wanted AS (
+    SELECT DISTINCT s AS nspname, f AS proname
+      FROM ROWS FROM (pg_catalog.unnest(%(schemas)s::pg_catalog.name[]),
+                      pg_catalog.unnest(%(names)s::pg_catalog.name[])) AS w(s, f)
+), scope AS (
+    SELECT s AS nspname, f AS pattern
+      FROM ROWS FROM (pg_catalog.unnest(%(scope_schemas)s::pg_catalog.name[]),
+                      pg_catalog.unnest(%(scope_patterns)s::pg_catalog.text[])) AS w(s, f)
+), candidate AS (
+    SELECT p.*, p.xmin AS proc_xmin, n.nspname,
+           EXISTS (SELECT FROM scope s
+                    WHERE s.nspname = n.nspname AND p.proname::pg_catalog.text ~ s.pattern) AS in_scope
+      FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+     WHERE p.prokind IN ('f', 'p', 'w')
+)
+SELECT p.proc_xmin::pg_catalog.text AS xmin, p.in_scope,
+       p.nspname::pg_catalog.text AS schema, p.proname::pg_catalog.text AS name,
+       CASE p.prokind WHEN 'p' THEN 'procedure' WHEN 'w' THEN 'window' ELSE 'function' END AS prokind_word,
+       (SELECT pg_catalog.array_agg(pg_catalog.format_type(t, NULL) ORDER BY i)
+          FROM pg_catalog.unnest(coalesce(p.proallargtypes, p.proargtypes::pg_catalog.oid[]))
+               WITH ORDINALITY AS u(t, i)) AS arg_types,
+       p.proargmodes::pg_catalog.text[] AS arg_modes,
+       p.proargnames AS arg_names,
+       pg_catalog.pg_get_expr(p.proargdefaults, 0) AS defaults,
+       pg_catalog.format_type(p.prorettype, NULL) AS returns, p.proretset AS returns_set,
+       l.lanname::pg_catalog.text AS language,
+       CASE p.provolatile WHEN 'i' THEN 'immutable' WHEN 's' THEN 'stable' ELSE 'volatile' END AS volatility,
+       p.prosecdef AS security_definer,
+       CASE p.proparallel WHEN 's' THEN 'safe' WHEN 'r' THEN 'restricted' ELSE 'unsafe' END AS parallel,
+       p.proisstrict AS strict, p.proleakproof AS leakproof,
+       p.procost::pg_catalog.float8 AS cost, p.prorows::pg_catalog.float8 AS rows,
+       (SELECT pg_catalog.quote_ident(sn.nspname) || '.' || pg_catalog.quote_ident(sp.proname)
+          FROM pg_catalog.pg_proc sp JOIN pg_catalog.pg_namespace sn ON sn.oid = sp.pronamespace
+         WHERE sp.oid = p.prosupport::pg_catalog.oid) AS support,
+       (SELECT pg_catalog.array_agg(pg_catalog.format_type(t, NULL) ORDER BY i)
+          FROM pg_catalog.unnest(p.protrftypes) WITH ORDINALITY AS u(t, i)) AS transforms,
+       p.proconfig AS config, p.prosrc AS body, p.probin AS binary, p.prosqlbody IS NOT NULL AS sql_body,
+       o.rolname::pg_catalog.text AS owner,
+       (SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_array(
+                   g.rolname, coalesce(r.rolname, a.grantor::pg_catalog.text), a.is_grantable))
+          FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) a
+          LEFT JOIN pg_catalog.pg_roles g ON g.oid = a.grantee
+          LEFT JOIN pg_catalog.pg_roles r ON r.oid = a.grantor) AS acl,
+       (SELECT d.description FROM pg_catalog.pg_description d
+         WHERE d.classoid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+           AND d.objoid = p.oid AND d.objsubid = 0) AS comment,
+       EXISTS (SELECT FROM pg_catalog.pg_depend d
+                WHERE d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+                  AND d.objid = p.oid AND d.deptype = 'e') AS extension
+  FROM candidate p
+  JOIN pg_catalog.pg_language l ON l.oid = p.prolang
+  JOIN pg_catalog.pg_roles o ON o.oid = p.proowner
+ WHERE p.in_scope OR (p.nspname, p.proname) IN (SELECT w.nspname, w.proname FROM wanted w)
+ ORDER BY p.nspname, p.proname, p.oid
+"""
+
+KIND = Function()

@@ -1,0 +1,240 @@
+"""Kind `gate`: one row of a configuration table, held at an exact value by compare-and-set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from psycopg import sql
+from pydantic import Field
+
+from reconciler import pg
+from reconciler.errors import Problem, Stale
+from reconciler.kinds import Blocked, Kind, Reading, Wanted
+from reconciler.model import (
+    Change,
+    Declared,
+    Finding,
+    GateStore,
+    Hazard,
+    Json,
+    JsonObject,
+    Model,
+    Scope,
+    Statement,
+    glob_regex,
+)
+from reconciler.parts import Complaint, Context, complete, identifier, table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class GateDeclaration(Model):
+    """What a file says of one gate. `value` is the stored text, always quoted."""
+
+    value: str
+    reason: str = Field(min_length=1)
+    from_: tuple[str, ...] = Field(default=(), alias="from")
+    safe: str | None = None
+    lock: Literal["free", "approval", "locked"] = "free"
+    order: tuple[str, ...] = ()
+    store: str | None = None
+
+
+class GateSpec(Model):
+    """The row: which table, which key, which value (None is SQL NULL)."""
+
+    table: str
+    key: str
+    value: str | None
+
+
+class GateRules(Model):
+    """What the files say about changing the row."""
+
+    store: GateStore
+    from_: tuple[str, ...] = Field(default=(), alias="from")
+    safe: str | None = None
+    lock: Literal["free", "approval", "locked"] = "free"
+    order: tuple[str, ...] = ()
+    reason: str
+
+
+class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
+    """Reads, compares and sets gates."""
+
+    name = "gate"
+    section = "gates"
+    order = 20
+    Declaration = GateDeclaration
+    Spec = GateSpec
+    Rules = GateRules
+
+    def declare(
+        self, name: str, declaration: GateDeclaration, context: Context
+    ) -> tuple[GateSpec | None, GateRules | None, list[Complaint | Problem]]:
+        """Find the store and refuse what can never be right: an armed locked gate, a value outside its own order."""
+        problems: list[Complaint | Problem] = []
+        store_name = declaration.store or (next(iter(context.stores)) if len(context.stores) == 1 else None)
+        store = context.stores.get(store_name) if store_name is not None else None
+        if store is None:
+            known = ", ".join(sorted(context.stores)) or "none is declared"
+            problem = (
+                f"gate store {store_name!r} is not declared" if store_name else "`store` must say which gate store"
+            )
+            problems.append(Complaint(("store",) if store_name else (), f"{problem} (governance.gate_stores: {known})"))
+        if declaration.lock == "locked":
+            if declaration.safe is None:
+                problems.append(Complaint(("lock",), "a locked gate needs `safe`, the only value it may hold"))
+            elif declaration.value != declaration.safe:
+                problems.append(
+                    Complaint(
+                        ("value",),
+                        f"a locked gate may hold only its safe value {declaration.safe!r}, not {declaration.value!r};"
+                        " only a proof may arm it, inside a transaction that is rolled back",
+                    )
+                )
+        if declaration.order:
+            if declaration.value not in declaration.order:
+                problems.append(Complaint(("value",), f"{declaration.value!r} is not in `order`"))
+            if len(set(declaration.order)) != len(declaration.order):
+                problems.append(Complaint(("order",), "`order` names a value twice"))
+        if problems or store is None:
+            return None, None, problems
+        spec = GateSpec(table=store.table, key=name, value=declaration.value)
+        rules = GateRules(
+            store=store,
+            **{"from": declaration.from_},
+            safe=declaration.safe,
+            lock=declaration.lock,
+            order=declaration.order,
+            reason=declaration.reason,
+        )
+        return spec, rules, []
+
+    def read(
+        self, conn: pg.Connection, wanted: Sequence[Declared], scope: Scope, stores: Mapping[str, GateStore]
+    ) -> Reading:
+        """One query per store: the declared keys, and the keys in scope that nobody declared."""
+        items: dict[str, Model] = {}
+        facts: dict[str, Mapping[str, Json]] = {}
+        findings: list[Finding] = []
+        for name, store in stores.items():
+            declared = {item.name for item in wanted if isinstance(item.rules, GateRules) and item.rules.store == store}
+            patterns = [glob_regex(entry.matching) for entry in scope.gates if entry.store == name]
+            if not declared and not patterns:
+                continue
+            for row in _rows(conn, name, store, sorted(declared), patterns):
+                address = f"{self.name}.{row['key']}"
+                if row["key"] in declared:
+                    items[address] = GateSpec(table=store.table, key=row["key"], value=row["value"])
+                    facts[address] = {"xmin": row["xmin"], "updated_at": row["updated_at"]}
+                else:
+                    message = f"key {row['key']} in {store.table} is in scope but no file declares it"
+                    findings.append(Finding(code="undeclared", address=address, message=message))
+        return Reading(items, facts, findings)
+
+    def decide(
+        self, spec: GateSpec, rules: GateRules, live: GateSpec | None, facts: Mapping[str, Json]
+    ) -> Wanted | None:
+        """In sync when the stored text is equal. Otherwise the live value must be one that `from` and `order` allow."""
+        if live == spec:
+            return None
+        if live is not None:
+            where = f" (updated_at {facts['updated_at']})" if facts.get("updated_at") else ""
+            if rules.from_ and live.value not in rules.from_:
+                allowed = ", ".join(repr(value) for value in rules.from_)
+                raise Blocked(f"the live value is {live.value!r}{where}; `from` allows only {allowed}")
+            if rules.order and live.value not in rules.order:
+                raise Blocked(
+                    f"the live value {live.value!r}{where} is not in `order`, so nobody can say if it moves back"
+                )
+            if rules.order and rules.order.index(str(live.value)) > rules.order.index(str(spec.value)):
+                raise Blocked(f"{live.value!r}{where} would move back to {spec.value!r}; `order` never moves back")
+        return Wanted(spec)
+
+    def render(
+        self, before: GateSpec | None, after: GateSpec | None, rules: GateRules, context: JsonObject | None
+    ) -> tuple[Statement, ...]:
+        """One INSERT, or one UPDATE that finds the row only while it holds the value that was approved."""
+        store = rules.store
+        if after is None:
+            return ()
+        if before is None:
+            columns: dict[str, sql.Composable] = {
+                store.key: sql.Literal(after.key),
+                store.value: sql.Literal(after.value),
+            }
+            if store.description:
+                columns[store.description] = sql.Literal(rules.reason)
+            if store.updated_at:
+                columns[store.updated_at] = sql.SQL("pg_catalog.now()")
+            statement = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
+                identifier(after.table),
+                sql.SQL(", ").join(map(sql.Identifier, columns)),
+                sql.SQL(", ").join(columns.values()),
+            )
+        else:
+            touch = (
+                sql.SQL(", {} = pg_catalog.now()").format(sql.Identifier(store.updated_at))
+                if store.updated_at
+                else sql.SQL("")
+            )
+            old = sql.SQL("IS NULL") if before.value is None else sql.SQL("= {}").format(sql.Literal(before.value))
+            statement = sql.SQL("UPDATE {} SET {} = {}{} WHERE {} = {} AND {} {}").format(
+                identifier(after.table),
+                sql.Identifier(store.value),
+                sql.Literal(after.value),
+                touch,
+                sql.Identifier(store.key),
+                sql.Literal(after.key),
+                sql.Identifier(store.value),
+                old,
+            )
+        return (complete(statement),)
+
+    def hazards(self, before: GateSpec | None, after: GateSpec | None, rules: GateRules) -> set[Hazard]:
+        """`moves_from_safe` when the row leaves its safe value, `arms_gate` when it is guarded."""
+        if after is None or rules.safe is None or after.value == rules.safe:
+            return set()
+        found: set[Hazard] = set()
+        if before is None or before.value == rules.safe:
+            found.add("moves_from_safe")
+        if rules.lock != "free":
+            found.add("arms_gate")
+        return found
+
+    def lock(self, conn: pg.Connection, change: Change, before: GateSpec | None, rules: GateRules) -> None:
+        """Lock the row as it will be read. One that is there but was not locked was replaced meanwhile: stale."""
+        if before is None:
+            return
+        query = sql.SQL("SELECT 1 AS locked FROM {} WHERE {} = {} FOR UPDATE").format(
+            identifier(before.table), sql.Identifier(rules.store.key), sql.Literal(before.key)
+        )
+        if len(pg.rows(conn, query, doing=f"locking {change.address}")) != 1:
+            raise Stale(f"The plan is stale: {change.address} is no longer the row that was approved.")
+
+
+def _rows(
+    conn: pg.Connection, name: str, store: GateStore, keys: Sequence[str], patterns: Sequence[str]
+) -> list[dict[str, Any]]:
+    extra = [column for column in (store.description, store.updated_at) if column]
+    table(conn, store.table, f"gate store {name}", [store.key], [store.value, *extra])
+    updated_at = (
+        sql.SQL("{}::pg_catalog.text").format(sql.Identifier(store.updated_at)) if store.updated_at else sql.SQL("NULL")
+    )
+    query = sql.SQL(
+        "SELECT {key}::pg_catalog.text AS key, {value}::pg_catalog.text AS value, xmin::pg_catalog.text AS xmin,"
+        " {updated_at} AS updated_at FROM {table}"
+        " WHERE {key}::pg_catalog.text = ANY (%s::pg_catalog.text[])"
+        " OR {key}::pg_catalog.text ~ ANY (%s::pg_catalog.text[]) ORDER BY 1"
+    ).format(
+        key=sql.Identifier(store.key),
+        value=sql.Identifier(store.value),
+        updated_at=updated_at,
+        table=identifier(store.table),
+    )
+    return pg.rows(conn, query, (list(keys), list(patterns)), doing=f"reading gate store {name} ({store.table})")
+
+
+KIND = Gate()

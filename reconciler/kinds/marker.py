@@ -1,0 +1,336 @@
+"""Kind `marker`: one row that stands for an executor. A missing one may be inserted; it is never touched again."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, Literal
+
+import psycopg
+from psycopg import sql
+from pydantic import Field
+
+from reconciler import pg
+from reconciler.allowlist import check_expression, check_query
+from reconciler.kinds import Blocked, Kind, Reading, Wanted
+from reconciler.model import (
+    Change,
+    Declared,
+    Duration,
+    Finding,
+    GateStore,
+    Hazard,
+    Json,
+    JsonObject,
+    Model,
+    Scope,
+    Statement,
+    milliseconds,
+)
+from reconciler.parts import Complaint, Context, complete, identifier, raw, relation, table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from reconciler.errors import Problem
+
+BIND_TIMEOUT_MS = 5_000
+
+
+class Bind(Model):
+    """A column that a query fills. `approve: value`: the approver reads it; `query`: any single value will do."""
+
+    query: str
+    approve: Literal["value", "query"] = "value"
+
+
+class BindRef(Model):
+    """An argument that takes the value of a bind."""
+
+    bind: str
+
+
+class Via(Model):
+    """The function that inserts the row; its arguments by name."""
+
+    function: str
+    args: dict[str, str | BindRef] = {}
+
+
+class Fresh(Model):
+    """How old the row may be before it is a finding."""
+
+    column: str
+    within: Duration
+
+
+class MarkerDeclaration(Model):
+    """What a file says of one marker."""
+
+    table: str
+    key: dict[str, str] = Field(min_length=1)
+    bind: dict[str, Bind] = {}
+    values: dict[str, str] = {}
+    via: Via | None = None
+    passive_while: str | None = None
+    fresh: Fresh | None = None
+
+
+class MarkerSpec(Model):
+    """The row: its key, and the declared columns as text in the server's own form (None is SQL NULL).
+
+    Read from a database, `columns` is what the row holds. Wanted for an insert, it holds the declared values and the
+    bound ones; a column of `queries` takes the value its query has when the row is inserted.
+    """
+
+    table: str
+    key: dict[str, str]
+    columns: dict[str, str | None]
+    queries: dict[str, str] = {}
+
+
+class MarkerRules(Model):
+    """How the row is made and watched."""
+
+    bind: dict[str, Bind] = {}
+    via: Via | None = None
+    passive_while: str | None = None
+    fresh: Fresh | None = None
+
+
+class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
+    """Reads markers, and inserts missing ones. It never writes a beat (DESIGN rule 10)."""
+
+    name = "marker"
+    section = "markers"
+    order = 30
+    Declaration = MarkerDeclaration
+    Spec = MarkerSpec
+    Rules = MarkerRules
+
+    def declare(
+        self, name: str, declaration: MarkerDeclaration, context: Context
+    ) -> tuple[MarkerSpec | None, MarkerRules | None, list[Complaint | Problem]]:
+        """Check names, and every query against the allowlist for declared queries."""
+        problems: list[Complaint | Problem] = []
+        qualified: list[tuple[tuple[str | int, ...], str]] = [(("table",), declaration.table)]
+        if declaration.via:
+            qualified.append((("via", "function"), declaration.via.function))
+        for path, text in qualified:
+            try:
+                relation(text)
+            except ValueError as error:
+                problems.append(Complaint(path, str(error)))
+        allowed = context.policy.allow_functions
+        for column, bind in declaration.bind.items():
+            report = check_query(bind.query, allowed)
+            problems += [Complaint(("bind", column, "query"), trouble.message) for trouble in report.troubles]
+            if column in declaration.values:
+                problems.append(Complaint(("values", column), "stands in `bind` too; a column has one source"))
+        for argument, value in (declaration.via.args if declaration.via else {}).items():
+            if isinstance(value, BindRef) and value.bind not in declaration.bind:
+                problems.append(Complaint(("via", "args", argument), f"`bind` has no {value.bind!r}"))
+        if declaration.passive_while is not None:
+            troubles = check_expression(declaration.passive_while, allowed)
+            problems += [Complaint(("passive_while",), trouble.message) for trouble in troubles]
+        if problems:
+            return None, None, problems
+        spec = MarkerSpec(table=declaration.table, key=declaration.key, columns=dict(declaration.values))
+        rules = MarkerRules(
+            bind=declaration.bind,
+            via=declaration.via,
+            passive_while=declaration.passive_while,
+            fresh=declaration.fresh,
+        )
+        return spec, rules, []
+
+    def read(
+        self, conn: pg.Connection, wanted: Sequence[Declared], scope: Scope, stores: Mapping[str, GateStore]
+    ) -> Reading:
+        """Each declared row; the binds only where the row is missing; rows of tables in scope that nobody declared."""
+        items: dict[str, Model] = {}
+        facts: dict[str, Mapping[str, Json]] = {}
+        findings: list[Finding] = []
+        known: dict[str, tuple[list[str], list[tuple[str, ...]]]] = {}
+        for item in wanted:
+            spec, rules = item.spec, item.rules
+            if not (isinstance(spec, MarkerSpec) and isinstance(rules, MarkerRules)):
+                continue
+            row, expected = _row(conn, item.address, spec, rules)
+            key = list(spec.key)
+            known.setdefault(spec.table, (key, []))[1].append(tuple(spec.key[column] for column in key))
+            if row is None:
+                binds = {column: _bound(conn, item.address, column, bind) for column, bind in rules.bind.items()}
+                facts[item.address] = {"binds": binds, "expected": expected}
+                continue
+            items[item.address] = MarkerSpec(table=spec.table, key=spec.key, columns=row["columns"])
+            facts[item.address] = {"xmin": row["xmin"], "expected": expected, "passive": row["passive"]}
+            findings += _watch(item.address, rules, row, expected)
+        for entry in scope.markers:
+            findings += _undeclared(conn, entry.table, *known.get(entry.table, ([], [])))
+        return Reading(items, facts, findings)
+
+    def decide(
+        self, spec: MarkerSpec, rules: MarkerRules, live: MarkerSpec | None, facts: Mapping[str, Json]
+    ) -> Wanted | None:
+        """A row that exists satisfies its marker for ever. A missing one needs exactly one value from each bind."""
+        if live is not None:
+            return None
+        columns: dict[str, str | None] = dict(facts["expected"])
+        queries: dict[str, str] = {}
+        for column, bind in rules.bind.items():
+            found: Mapping[str, Json] = facts["binds"][column]
+            if found.get("error"):
+                raise Blocked(f"the query bound to {column} {found['error']}")
+            if bind.approve == "value":
+                columns[column] = found["value"]
+            else:
+                queries[column] = bind.query
+        return Wanted(MarkerSpec(table=spec.table, key=spec.key, columns=columns, queries=queries))
+
+    def render(
+        self, before: MarkerSpec | None, after: MarkerSpec | None, rules: MarkerRules, context: JsonObject | None
+    ) -> tuple[Statement, ...]:
+        """One plain INSERT, or one call of the declared function; sorted, so that order in a file means nothing."""
+        if after is None or before is not None:
+            return ()
+
+        def value(column: str) -> sql.Composable:
+            if column in after.queries:
+                return sql.SQL("({})").format(raw(after.queries[column]))
+            return sql.Literal(after.columns[column])
+
+        if rules.via is None:
+            columns: dict[str, sql.Composable] = {name: sql.Literal(text) for name, text in sorted(after.key.items())}
+            columns |= {name: value(name) for name in sorted({*after.columns, *after.queries} - set(after.key))}
+            statement = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
+                identifier(after.table),
+                sql.SQL(", ").join(map(sql.Identifier, columns)),
+                sql.SQL(", ").join(columns.values()),
+            )
+        else:
+            args = [
+                sql.SQL("{} => {}").format(
+                    sql.Identifier(name),
+                    value(given.bind) if isinstance(given, BindRef) else sql.Literal(given),
+                )
+                for name, given in sorted(rules.via.args.items())
+            ]
+            statement = sql.SQL("SELECT {}({})").format(identifier(rules.via.function), sql.SQL(", ").join(args))
+        return (complete(statement),)
+
+    def hazards(self, before: MarkerSpec | None, after: MarkerSpec | None, rules: MarkerRules) -> set[Hazard]:
+        """None: a marker arms nothing."""
+        return set()
+
+    def lock(self, conn: pg.Connection, change: Change, before: MarkerSpec | None, rules: MarkerRules) -> None:
+        """Nothing: only missing rows change, and a rival's insert of the same key makes ours wait and fail."""
+
+    def settled(self, after: MarkerSpec, live: MarkerSpec | None) -> bool:
+        """The row is there and its declared columns hold what was approved."""
+        if live is None:
+            return False
+        return all(live.columns.get(column) == value for column, value in after.columns.items())
+
+    def essence(self, live: MarkerSpec) -> MarkerSpec:
+        """That the row exists: what it holds belongs to the executor once it ticks."""
+        return MarkerSpec(table=live.table, key=live.key, columns={})
+
+    def masked(self, after: MarkerSpec) -> MarkerSpec:
+        """Bound values as a digest: they come from a query, and what a planner may read a pull request could print."""
+        shown = {column: _digest(value) for column, value in after.columns.items()}
+        return MarkerSpec(table=after.table, key=after.key, columns=shown, queries=after.queries)
+
+
+def _digest(value: str | None) -> str | None:
+    if value is None:
+        return None
+    return f"sha256:{hashlib.sha256(value.encode()).hexdigest()[:16]} (hidden; --show-values)"
+
+
+def _where(key: Mapping[str, str]) -> sql.Composable:
+    pairs = [sql.SQL("{} = {}").format(sql.Identifier(column), sql.Literal(value)) for column, value in key.items()]
+    return sql.SQL(" AND ").join(pairs)
+
+
+def _row(
+    conn: pg.Connection, address: str, spec: MarkerSpec, rules: MarkerRules
+) -> tuple[dict[str, Any] | None, dict[str, Json]]:
+    """The row (or None), and the declared values in the server's own text form, so that `0` and `00` compare equal."""
+    watched = [rules.fresh.column] if rules.fresh else []
+    columns = list(dict.fromkeys([*spec.columns, *rules.bind]))
+    types = table(conn, spec.table, address, list(spec.key), [*columns, *watched]).columns
+    forms = [
+        sql.SQL("{}::{}::pg_catalog.text AS {}").format(sql.Literal(value), raw(types[column]), sql.Identifier(column))
+        for column, value in spec.columns.items()
+    ]
+    doing = f"reading {address}"
+    expected = pg.rows(conn, sql.SQL("SELECT {}").format(sql.SQL(", ").join(forms)), doing=doing)[0] if forms else {}
+    texts = [sql.SQL("{}::pg_catalog.text").format(sql.Identifier(column)) for column in columns]
+    query = sql.SQL(
+        "SELECT xmin::pg_catalog.text AS xmin, ARRAY[{texts}]::pg_catalog.text[] AS texts, ({passive}) AS passive,"
+        " pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - ({fresh}))::pg_catalog.float8 AS age"
+        " FROM {table} WHERE {where}"
+    ).format(
+        texts=sql.SQL(", ").join(texts),
+        passive=raw(rules.passive_while) if rules.passive_while else sql.SQL("false"),
+        fresh=sql.Identifier(rules.fresh.column) if rules.fresh else sql.SQL("NULL::pg_catalog.timestamptz"),
+        table=identifier(spec.table),
+        where=_where(spec.key),
+    )
+    pg.timeout(conn, BIND_TIMEOUT_MS)
+    found = pg.rows(conn, query, doing=doing)
+    if not found:
+        return None, expected
+    row = found[0]
+    row["columns"] = dict(zip(columns, row["texts"], strict=True))
+    return row, expected
+
+
+def _bound(conn: pg.Connection, address: str, column: str, bind: Bind) -> dict[str, Json]:
+    """The single value of a bind as text, or what is wrong with the answer. Runs inside the caller's transaction."""
+    query = sql.SQL("SELECT q.v::pg_catalog.text AS value FROM ({}\n) AS q (v) LIMIT 2").format(raw(bind.query))
+    pg.timeout(conn, BIND_TIMEOUT_MS)
+    try:
+        found = pg.rows(conn, query, doing=f"running the query bound to {column} of {address}")
+    except psycopg.errors.InvalidColumnReference:
+        return {"error": "must have exactly one column"}
+    if len(found) != 1:
+        return {"error": f"gives {'no row' if not found else 'more than one row'}; it must give exactly one value"}
+    if found[0]["value"] is None:
+        return {"error": "gives NULL; it must give exactly one value"}
+    return {"value": found[0]["value"]}
+
+
+def _watch(address: str, rules: MarkerRules, row: Mapping[str, Any], expected: Mapping[str, Json]) -> list[Finding]:
+    findings: list[Finding] = []
+    if row["passive"]:
+        differing = sorted(column for column, value in expected.items() if row["columns"][column] != value)
+        if differing:
+            message = f"the row is still passive but {', '.join(differing)} is not what was declared"
+            findings.append(Finding(code="marker_differs", address=address, message=message))
+    if rules.fresh and row["age"] is not None and row["age"] * 1000 > milliseconds(rules.fresh.within):
+        age = int(row["age"])
+        message = f"{rules.fresh.column} is {age} s old; it should be within {rules.fresh.within}"
+        findings.append(Finding(code="stale_heartbeat", address=address, message=message))
+    return findings
+
+
+def _undeclared(
+    conn: pg.Connection, name: str, key: Sequence[str], declared: Sequence[tuple[str, ...]]
+) -> list[Finding]:
+    """How many rows nobody declared. Not their keys: those are data of a table that a stranger's file named."""
+    if not key:
+        return []
+    texts = sql.SQL(", ").join(sql.SQL("{}::pg_catalog.text").format(sql.Identifier(column)) for column in key)
+    rows = [sql.SQL("ROW({})").format(sql.SQL(", ").join(map(sql.Literal, row))) for row in declared]
+    query = sql.SQL("SELECT pg_catalog.count(*) AS found FROM {} WHERE ROW({}) NOT IN ({})").format(
+        identifier(name), texts, sql.SQL(", ").join(rows)
+    )
+    found = pg.rows(conn, query, doing=f"reading {name}")[0]["found"]
+    if not found:
+        return []
+    message = f"{found} row{'' if found == 1 else 's'} of {name} in scope that no file declares"
+    return [Finding(code="undeclared", address=f"marker.{name}", message=message)]
+
+
+KIND = Marker()

@@ -1,0 +1,118 @@
+"""Second source of the flow: one snapshot of the database -> Live, verdicts, and what was not looked at. Reads only.
+
+`plan`, `drift`, the stale check of `apply` and its final verification all read through here, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reconciler import pg
+from reconciler.checks import checks
+from reconciler.errors import UsageError
+from reconciler.kinds import kinds
+from reconciler.model import Desired, Finding, Json, Live, Model, NotCompared, Target, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def read(conn: pg.Connection, desired: Desired) -> Live:
+    """Every declared object as it is, with facts and findings. The caller's transaction decides what is seen."""
+    items: dict[str, Model] = {}
+    facts: dict[str, Mapping[str, Json]] = {}
+    findings: list[Finding] = []
+    for kind in kinds().values():
+        wanted = [item for item in desired.items.values() if item.kind == kind.name]
+        reading = kind.read(conn, wanted, desired.scope, desired.stores)
+        items.update(reading.items)
+        facts.update(reading.facts)
+        findings += reading.findings
+    return Live(items, facts, tuple(sorted(findings, key=lambda finding: (finding.code, finding.address))))
+
+
+def judge(conn: pg.Connection, desired: Desired, allow_functions: Sequence[str]) -> tuple[Verdict, ...]:
+    """The verdict of every declared check, by address. `allow_functions`: the installed policy's."""
+    known = checks()
+    return tuple(known[check.kind].run(conn, check, allow_functions) for check in desired.checks.values())
+
+
+def identify(conn: pg.Connection, desired: Desired) -> Target:
+    """The database's identity under the target's name. Raises UsageError when it is not the target's database."""
+    found = pg.identify(conn)
+    if desired.database is not None and found.database != desired.database:
+        raise UsageError(
+            f"Target {desired.target} is database {desired.database}, but this connection is to {found.database}.",
+            hint="Check --dsn and --target.",
+        )
+    return found.model_copy(update={"name": desired.target})
+
+
+def not_compared(conn: pg.Connection, desired: Desired) -> tuple[NotCompared, ...]:
+    """The object classes in the schemas of the declared scope that are not compared, with their numbers."""
+    schemas = sorted({entry.schema_name for entry in desired.scope.functions} | _schemas_of_tables(desired))
+    found = pg.rows(conn, _NOT_COMPARED, {"schemas": schemas}, doing="counting what is not compared")
+    return tuple(
+        NotCompared.model_validate({"class": row["class"], "where": row["where"], "count": row["count"]})
+        for row in found
+    )
+
+
+def _schemas_of_tables(desired: Desired) -> set[str]:
+    from reconciler.parts import relation
+
+    tables = [store.table for store in desired.stores.values()] + [entry.table for entry in desired.scope.markers]
+    return {relation(table)[0] for table in tables}
+
+
+_NOT_COMPARED = """
+WITH n AS (SELECT oid, nspname FROM pg_catalog.pg_namespace WHERE nspname = ANY (%(schemas)s::pg_catalog.name[])),
+counted AS (
+    SELECT CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'table' WHEN 'v' THEN 'view'
+                          WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence' WHEN 'f' THEN 'foreign table'
+                          WHEN 'c' THEN 'composite type' ELSE 'index' END AS class, n.nspname
+      FROM pg_catalog.pg_class c JOIN n ON n.oid = c.relnamespace
+     WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S', 'f', 'c', 'i', 'I')
+    UNION ALL
+    SELECT 'aggregate', n.nspname FROM pg_catalog.pg_proc p JOIN n ON n.oid = p.pronamespace WHERE p.prokind = 'a'
+    UNION ALL
+    SELECT 'type', n.nspname FROM pg_catalog.pg_type t JOIN n ON n.oid = t.typnamespace
+     WHERE t.typtype IN ('d', 'e', 'r', 'm')
+    UNION ALL
+    SELECT 'constraint', n.nspname FROM pg_catalog.pg_constraint k JOIN n ON n.oid = k.connamespace
+    UNION ALL
+    SELECT 'trigger', n.nspname FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+      JOIN n ON n.oid = c.relnamespace WHERE NOT t.tgisinternal
+    UNION ALL
+    SELECT 'rule', n.nspname FROM pg_catalog.pg_rewrite r JOIN pg_catalog.pg_class c ON c.oid = r.ev_class
+      JOIN n ON n.oid = c.relnamespace WHERE r.rulename <> '_RETURN'
+    UNION ALL
+    SELECT 'policy', n.nspname FROM pg_catalog.pg_policy p JOIN pg_catalog.pg_class c ON c.oid = p.polrelid
+      JOIN n ON n.oid = c.relnamespace
+    UNION ALL
+    SELECT 'operator', n.nspname FROM pg_catalog.pg_operator o JOIN n ON n.oid = o.oprnamespace
+    UNION ALL
+    SELECT 'operator class', n.nspname FROM pg_catalog.pg_opclass o JOIN n ON n.oid = o.opcnamespace
+    UNION ALL
+    SELECT 'collation', n.nspname FROM pg_catalog.pg_collation c JOIN n ON n.oid = c.collnamespace
+    UNION ALL
+    SELECT 'conversion', n.nspname FROM pg_catalog.pg_conversion c JOIN n ON n.oid = c.connamespace
+    UNION ALL
+    SELECT 'text search object', n.nspname FROM pg_catalog.pg_ts_config c JOIN n ON n.oid = c.cfgnamespace
+    UNION ALL
+    SELECT 'text search object', n.nspname FROM pg_catalog.pg_ts_dict d JOIN n ON n.oid = d.dictnamespace
+    UNION ALL
+    SELECT 'extended statistics', n.nspname FROM pg_catalog.pg_statistic_ext s JOIN n ON n.oid = s.stxnamespace
+    UNION ALL
+    SELECT 'default privileges', n.nspname FROM pg_catalog.pg_default_acl d JOIN n ON n.oid = d.defaclnamespace
+)
+SELECT class, 'schema ' || nspname::pg_catalog.text AS where, pg_catalog.count(*) AS count
+  FROM counted GROUP BY 1, 2
+UNION ALL
+SELECT 'event trigger', 'database', pg_catalog.count(*) FROM pg_catalog.pg_event_trigger HAVING pg_catalog.count(*) > 0
+UNION ALL
+SELECT 'extension', 'database (see invariants)', pg_catalog.count(*) FROM pg_catalog.pg_extension
+UNION ALL
+SELECT 'publication', 'database', pg_catalog.count(*) FROM pg_catalog.pg_publication HAVING pg_catalog.count(*) > 0
+ORDER BY 1, 2
+"""

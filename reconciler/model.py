@@ -1,0 +1,471 @@
+"""The nouns of the flow, frozen: what desired, live, diff, plan, approve and apply hand to each other.
+
+Everything here is data. JSON is written in one way only, `canonical` (RFC 8785), so that a digest means the same
+to everybody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
+
+import rfc8785
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+FORMAT_VERSION = "1.0"
+DIGEST_ENCODING = "reconciler/effects/1"
+
+Json: TypeAlias = Any
+"""A value of JSON: None, bool, int, float, str, list or dict of the same."""
+
+JsonObject: TypeAlias = dict[str, Any]
+"""An object of JSON."""
+
+Address: TypeAlias = str
+"""`<kind>.<name>`, for example `gate.queue.heartbeat.enabled`."""
+
+Action: TypeAlias = Literal["add", "change", "remove", "forget"]
+
+Hazard: TypeAlias = Literal[
+    "arms_gate",
+    "changes_approvers",
+    "changes_owner",
+    "changes_policy",
+    "forgets",
+    "grants_execute",
+    "grants_public",
+    "moves_from_safe",
+    "overwrites_drift",
+    "replaces_function",
+    "retires",
+    "security_definer",
+]
+
+
+class Model(BaseModel):
+    """Base of every noun: frozen, strict, and no key that is not declared."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", populate_by_name=True)
+
+    def dump(self) -> dict[str, Json]:
+        """As JSON types, with the names used in files (aliases)."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def canonical(value: Json) -> bytes:
+    """Canonical JSON (RFC 8785) of `value`. Raises rfc8785.CanonicalizationError for what JSON cannot hold."""
+    return rfc8785.dumps(value)
+
+
+def digest(value: Json) -> str:
+    """SHA-256 over the canonical JSON of `value`, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def milliseconds(duration: str) -> int:
+    """`800ms`, `60s`, `2m`, `24h`, `7d` as milliseconds. Raises ValueError for anything else."""
+    match = re.fullmatch(r"([1-9][0-9]{0,8})(ms|s|m|h|d)", duration)
+    if match is None:
+        raise ValueError(f"{duration!r} is no duration: write a number and ms, s, m, h or d, for example 800ms or 24h")
+    return int(match[1]) * {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}[match[2]]
+
+
+def _duration(text: str) -> str:
+    milliseconds(text)
+    return text
+
+
+Duration: TypeAlias = Annotated[str, AfterValidator(_duration)]
+"""A duration as written in a file."""
+
+
+# ---------------------------------------------------------------------------------------------------- what is declared
+
+
+class GateStore(Model):
+    """A configuration table that holds gates. `table` is schema-qualified; the others are column names."""
+
+    table: str
+    key: str
+    value: str
+    description: str | None = None
+    updated_at: str | None = None
+
+
+class GateScope(Model):
+    """Gates of one store whose key matches."""
+
+    store: str
+    matching: str
+
+
+class FunctionScope(Model):
+    """Functions and procedures of one schema whose name matches."""
+
+    schema_name: str = Field(alias="schema")
+    matching: str
+
+
+class MarkerScope(Model):
+    """All rows of one table."""
+
+    table: str
+
+
+class Scope(Model):
+    """What is owned: an undeclared object that matches is a finding. Patterns are globs with `*` and `?` only."""
+
+    gates: tuple[GateScope, ...] = ()
+    functions: tuple[FunctionScope, ...] = ()
+    markers: tuple[MarkerScope, ...] = ()
+
+
+class ApprovalPolicy(Model):
+    """Who must approve, and how. `expires` is a duration such as `24h`."""
+
+    required: int = Field(default=1, ge=1)
+    signed: bool = True
+    expires: Duration = "24h"
+    approvers: str | None = None
+
+
+class ApplyPolicy(Model):
+    """How an apply runs. Durations such as `800ms`, `60s`, `2m`, `24h`."""
+
+    search_path: tuple[str, ...] = ("pg_catalog", "public", "pg_temp")
+    lock_timeout: Duration = "800ms"
+    lock_retries: int = Field(default=5, ge=0, le=100)
+    statement_timeout: Duration = "60s"
+    max_duration: Duration = "2m"
+    backup: Literal["none"] = "none"
+
+
+class Policy(Model):
+    """What the ledger installs and every later apply is judged by."""
+
+    approval: ApprovalPolicy
+    apply: ApplyPolicy
+    allow_functions: tuple[str, ...] = ()
+    allow_not_judged: tuple[str, ...] = ()
+
+
+class Place(NamedTuple):
+    """Where something is declared, counting from 1."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        """`file:line:column`."""
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One declaration, resolved: the wanted object (`spec`) and what the files say about changing it (`rules`)."""
+
+    kind: str
+    name: str
+    spec: Model
+    rules: Model
+    place: Place | None = field(default=None, compare=False)
+
+    @property
+    def address(self) -> Address:
+        """`<kind>.<name>`."""
+        return f"{self.kind}.{self.name}"
+
+    def dump(self) -> dict[str, Json]:
+        """As kept in plans and in the ledger; the place in the files is not part of it."""
+        return {"kind": self.kind, "name": self.name, "spec": self.spec.dump(), "rules": self.rules.dump()}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One declared check (an invariant), resolved."""
+
+    kind: str
+    name: str
+    spec: Model
+    place: Place | None = field(default=None, compare=False)
+
+    @property
+    def address(self) -> Address:
+        """`<kind>.<name>`."""
+        return f"{self.kind}.{self.name}"
+
+    def dump(self) -> dict[str, Json]:
+        """As kept in plans and in the ledger."""
+        return {"kind": self.kind, "name": self.name, "spec": self.spec.dump()}
+
+
+@dataclass(frozen=True)
+class Desired:
+    """Everything the files say, for one target, variables filled in."""
+
+    name: str
+    release: str
+    target: str
+    database: str | None
+    """Name of the database the target must be, None when any will do."""
+    ledger: str | None
+    """Hash of the ledger's first entry, when the files name it."""
+    policy: Policy
+    scope: Scope
+    stores: Mapping[str, GateStore]
+    items: Mapping[Address, Declared]
+    checks: Mapping[Address, Check]
+    source_digest: str
+    """SHA-256 over the files as read; informational."""
+
+
+# ------------------------------------------------------------------------------------------------------- what is found
+
+
+class Target(Model):
+    """Which database: the target's name in the files, and what the server says it is."""
+
+    name: str
+    database: str
+    system_identifier: str
+    server_version: str
+
+
+class Finding(Model):
+    """Something a person should know that is no change: an undeclared object, a stale marker, an unproven gate."""
+
+    code: Literal["ledger_not_readable", "marker_differs", "stale_heartbeat", "undeclared", "unproven"]
+    address: Address
+    message: str
+
+
+class Verdict(Model):
+    """What a check found. `judged_by` is `state` for a look at the live state; `detail` never holds values of rows."""
+
+    address: Address
+    status: Literal["held", "violated", "not_judged"]
+    detail: str
+    missing: str = ""
+    """For not_judged: the privilege that the role lacks."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """One reading of the database: declared objects that exist, facts about them, and what else was found.
+
+    `facts` holds per address what is read beside the object itself (transaction id of the row, results of binds ...).
+    """
+
+    items: Mapping[Address, Model]
+    facts: Mapping[Address, Mapping[str, Json]]
+    findings: tuple[Finding, ...]
+
+
+class NotCompared(Model):
+    """A class of objects inside the declared scope that this version does not compare."""
+
+    object_class: str = Field(alias="class")
+    where: str
+    count: int
+
+
+def blocking(verdicts: Sequence[Verdict], policy: Policy) -> tuple[Verdict, ...]:
+    """The verdicts that forbid an apply: violated, or not judged and not allowed to stay so. This rule's one place."""
+    return tuple(
+        verdict
+        for verdict in verdicts
+        if verdict.status == "violated"
+        or (verdict.status == "not_judged" and verdict.address.partition(".")[2] not in policy.allow_not_judged)
+    )
+
+
+# --------------------------------------------------------------------------------------------------- what would change
+
+
+class Statement(Model):
+    """One complete SQL statement, as it is sent. `role`: run under SET LOCAL ROLE; None means the apply role."""
+
+    text: str
+    role: str | None = None
+
+
+class FieldChange(Model):
+    """One field that differs."""
+
+    name: str
+    before: Json = None
+    after: Json = None
+
+
+class Change(Model):
+    """One effect.
+
+    Before and after by action:
+
+    ========  =======  ======
+    action    before   after
+    ========  =======  ======
+    add       None     wanted
+    change    live     wanted
+    remove    live     None
+    forget    last     None     nothing is executed; the ledger stops knowing it
+    ========  =======  ======
+
+    A replacement is `("remove", "add")` with both. `context` holds what else the statements are derived from.
+    """
+
+    address: Address
+    kind: str
+    actions: tuple[Action, ...]
+    before: JsonObject | None = None
+    after: JsonObject | None = None
+    context: JsonObject | None = None
+    fields: tuple[FieldChange, ...] = ()
+    reason: str = ""
+    hazards: tuple[Hazard, ...] = ()
+    statements: tuple[Statement, ...] = ()
+
+    def effect(self) -> dict[str, Json]:
+        """The part that an approval signs (DESIGN 6): no rendered SQL, no words for people."""
+        return {
+            "address": self.address,
+            "actions": list(self.actions),
+            "before": self.before,
+            "after": self.after,
+            "context": self.context,
+            "hazards": sorted(self.hazards),
+        }
+
+
+class Drift(Model):
+    """One object that is not what it was: live (drift) or desired (pending) against last applied."""
+
+    address: Address
+    kind: str
+    actions: tuple[Action, ...]
+    before: JsonObject | None = None
+    after: JsonObject | None = None
+    fields: tuple[FieldChange, ...] = ()
+    reason: str = ""
+
+
+class Summary(Model):
+    """The numbers of the `Plan:` line."""
+
+    add: int = 0
+    change: int = 0
+    remove: int = 0
+    forget: int = 0
+    drift: int = 0
+    findings: int = 0
+
+
+class StateInfo(Model):
+    """Which files a plan was made from."""
+
+    name: str
+    release: str
+    source_digest: str
+
+
+class Plan(Model):
+    """What would change, complete: an apply reads no state directory again. `desired` is all that is declared."""
+
+    format_version: str = FORMAT_VERSION
+    outcome: str
+    tool: str
+    created_at: str
+    expires_at: str
+    state: StateInfo
+    target: Target
+    setup: tuple[Change, ...]
+    changes: tuple[Change, ...]
+    drift: tuple[Drift, ...]
+    findings: tuple[Finding, ...]
+    invariants: tuple[Verdict, ...]
+    proofs: tuple[Verdict, ...]
+    surface: tuple[Verdict, ...]
+    not_compared: tuple[NotCompared, ...]
+    summary: Summary
+    effects_digest: str
+    effect_digest: str
+    desired: JsonObject
+
+    @property
+    def hazards(self) -> tuple[Hazard, ...]:
+        """Every hazard of every change, sorted; each must be accepted by name."""
+        return tuple(sorted({hazard for change in (*self.setup, *self.changes) for hazard in change.hazards}))
+
+    def addresses_with(self, hazard: str) -> list[Address]:
+        """The changes that have this hazard."""
+        return [change.address for change in (*self.setup, *self.changes) if hazard in change.hazards]
+
+    @property
+    def blocking(self) -> tuple[Verdict, ...]:
+        """The checks that forbid an apply: violated, or not judged and not allowed to stay so."""
+        return blocking(self.invariants, Policy.model_validate_json(canonical(self.desired["policy"])))
+
+    @property
+    def has_changes(self) -> bool:
+        """Is there something to apply? Setup alone counts: the first apply installs the ledger and the policy."""
+        return bool(self.setup or self.changes)
+
+
+class Approval(Model):
+    """A person's yes to exactly the effects with this digest. `signature` is None for an unsigned one."""
+
+    format_version: str = FORMAT_VERSION
+    id: str
+    effect_digest: str
+    plan_checksum: str
+    target: Target
+    approver: str
+    reason: str
+    accepted: tuple[str, ...]
+    attestations: tuple[str, ...] = ()
+    issued_at: str
+    expires_at: str
+    signature: str | None = None
+
+
+class Entry(Model):
+    """One line of the ledger: what was applied, by which approval, and what was there afterwards."""
+
+    name: str
+    number: int
+    run_id: str
+    recorded_at: str
+    previous: str
+    hash: str
+    body: JsonObject
+
+
+class Outcome(Model):
+    """What an apply did. `problems`: what went wrong after COMMIT, when the change itself stands."""
+
+    format_version: str = FORMAT_VERSION
+    outcome: str
+    run_id: str
+    target: Target
+    effect_digest: str
+    entry: int
+    hash: str
+    genesis: bool
+    transaction_id: str
+    statements: int
+    seconds: float
+    summary: Summary
+    invariants: tuple[Verdict, ...]
+    problems: tuple[str, ...] = ()
+
+
+def glob_regex(pattern: str) -> str:
+    """The pattern (`*` and `?` only) as an anchored PostgreSQL regular expression."""
+    special = {"*": ".*", "?": "."}
+    return "^(?:" + "".join(special.get(char) or re.sub(r"([^\w\s])", r"\\\1", char) for char in pattern) + ")$"

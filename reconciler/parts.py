@@ -1,0 +1,146 @@
+"""What kinds and checks share: what a declaration may refer to, discovery, and SQL composed from checked names."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from psycopg import sql
+
+from reconciler import pg
+from reconciler.errors import MissingPrivilege, ServerProblem
+from reconciler.model import GateStore, Policy, Statement
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from typing import LiteralString
+
+
+class Complaint(NamedTuple):
+    """Something wrong inside one declaration; `path` leads from the declaration to the key."""
+
+    path: tuple[str | int, ...]
+    message: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a declaration may refer to."""
+
+    root: Path
+    stores: Mapping[str, GateStore]
+    policy: Policy
+
+
+def discover(package: str, paths: Sequence[str], attribute: str) -> dict[str, Any]:
+    """The `attribute` of every module of a package, by its `name`."""
+    found: dict[str, Any] = {}
+    for module in pkgutil.iter_modules(paths):
+        thing = getattr(importlib.import_module(f"{package}.{module.name}"), attribute, None)
+        if thing is not None:
+            found[thing.name] = thing
+    return found
+
+
+_IDENTIFIER = r'(?:"(?:[^"]|"")+"|[a-z_][a-z0-9_$]*)'
+
+
+def relation(text: str) -> tuple[str, str]:
+    """`schema.name` (quoted where needed) as its two names. Raises ValueError with a sentence."""
+    match = re.fullmatch(rf"({_IDENTIFIER})\.({_IDENTIFIER})", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no qualified name: write schema.table, for example public.settings")
+    schema, name = (part[1:-1].replace('""', '"') if part.startswith('"') else part for part in match.groups())
+    return schema, name
+
+
+def identifier(text: str) -> sql.Identifier:
+    """The qualified name as something that composes into SQL."""
+    return sql.Identifier(*relation(text))
+
+
+def raw(text: str) -> sql.SQL:
+    """Text that PostgreSQL's own parser or catalog gave us (type names, identities, default expressions), as SQL."""
+    return sql.SQL(cast("LiteralString", text))
+
+
+def complete(composed: sql.Composable, role: str | None = None) -> Statement:
+    """The statement with every literal written out: what is shown is what is sent."""
+    return Statement(text=composed.as_string(None), role=role)
+
+
+class Table(NamedTuple):
+    """What the catalog says of one table: column name -> type, and the column sets of its unique indexes."""
+
+    columns: dict[str, str]
+    unique: list[frozenset[str]]
+
+
+def table(conn: pg.Connection, name: str, purpose: str, key: Sequence[str], columns: Sequence[str] = ()) -> Table:
+    """Look up a table that rows are read from; everything that would make reading it unsafe is an error.
+
+    Raises ServerProblem when the table, a column or a unique index on exactly `key` is missing, MissingPrivilege
+    when the role may not read it.
+    """
+    schema, relname = relation(name)
+    found = pg.rows(
+        conn,
+        """
+        SELECT c.oid::pg_catalog.int8 AS oid, c.relkind::pg_catalog.text AS relkind,
+               current_user::pg_catalog.text AS role,
+               pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS usage,
+               pg_catalog.has_table_privilege(c.oid, 'SELECT') AS may_read
+          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname = %s AND c.relname = %s
+        """,
+        (schema, relname),
+        doing=f"looking up {name}",
+    )
+    if not found or found[0]["relkind"] not in {"r", "p"}:
+        raise ServerProblem(
+            f"{purpose}: there is no table {name} in this database.", hint="Check the name, the target and --dsn."
+        )
+    row = found[0]
+    if not (row["usage"] and row["may_read"]):
+        what = f"SELECT on {name}" if row["usage"] else f"USAGE on schema {schema}"
+        raise MissingPrivilege(
+            f"{purpose}: role {row['role']} lacks {what}.",
+            hint=f"GRANT {what.replace(' on ', ' ON ')} TO {row['role']};",
+        )
+    attributes = pg.rows(
+        conn,
+        """
+        SELECT attname::pg_catalog.text AS name, pg_catalog.format_type(atttypid, atttypmod) AS type
+          FROM pg_catalog.pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped
+        """,
+        (row["oid"],),
+    )
+    types = {attribute["name"]: attribute["type"] for attribute in attributes}
+    for column in (*key, *columns):
+        if column not in types:
+            raise ServerProblem(
+                f"{purpose}: table {name} has no column {column}.", hint=f"It has {', '.join(sorted(types))}."
+            )
+    indexes = pg.rows(
+        conn,
+        """
+        SELECT (SELECT pg_catalog.array_agg(a.attname::pg_catalog.text)
+                  FROM pg_catalog.pg_attribute a
+                 WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::pg_catalog.int2[])) AS columns
+          FROM pg_catalog.pg_index i
+         WHERE i.indrelid = %s AND i.indisunique AND i.indisvalid AND i.indimmediate
+           AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indnatts = i.indnkeyatts
+        """,
+        (row["oid"],),
+    )
+    unique = [frozenset(cast("list[str]", index["columns"])) for index in indexes]
+    if frozenset(key) not in unique:
+        raise ServerProblem(
+            f"{purpose}: table {name} has no unique index on ({', '.join(key)}), so a key could name two rows.",
+            hint="Create a unique index or a primary key on exactly these columns.",
+        )
+    return Table(types, unique)

@@ -1,0 +1,1 @@
+"""Last edge of the flow: plans, drift, approvals and outcomes as people and programs read them."""

@@ -1,0 +1,266 @@
+"""Plans, drift and outcomes for a terminal. The summary lines are API (DESIGN 5) and golden-tested."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from reconciler.drift import DriftReport
+    from reconciler.model import (
+        Approval,
+        Change,
+        Drift,
+        FieldChange,
+        Finding,
+        Json,
+        NotCompared,
+        Outcome,
+        Plan,
+        Summary,
+        Target,
+        Verdict,
+    )
+
+COLOURS = {"+": "32", "~": "33", "-": "31", "!": "1;31", ".": "36", "-/+": "31", "?": "1;31"}
+MEANING = {
+    "+": "add",
+    "~": "change",
+    "-": "remove",
+    "-/+": "remove and then add",
+    ".": "forget",
+    "!": "violated or not judged",
+}
+SHORT = 120
+"""Longer values are shortened in lists of fields; the statements below them are always complete."""
+
+
+def plan(found: Plan, *, colour: bool, verbose: bool) -> str:
+    """A plan, complete: every change with its hazards, what differs, and the text of each statement."""
+    page = _Page(colour)
+    page.line(f"{found.state.name} {found.state.release} -> {_target(found.target)}")
+    if found.setup:
+        page.line("", "Setup:")
+        for change in found.setup:
+            _change(page, change)
+    if found.drift:
+        page.line("", "Note: objects have changed outside of reconciler since the last apply:")
+        for item in found.drift:
+            _moved(page, item)
+    if found.changes:
+        page.line("", "Changes:")
+        for change in found.changes:
+            _change(page, change)
+    _verdicts(page, found.invariants, verbose=verbose)
+    _findings(page, found.findings)
+    _not_compared(page, found.not_compared, verbose=verbose)
+    page.legend()
+    page.line("", plan_line(found))
+    page.line(checks_line(found.invariants))
+    if found.has_changes:
+        if found.hazards:
+            page.line(f"Hazards to accept: {', '.join(found.hazards)}.")
+        page.line(f"Effect digest: {found.effect_digest} (expires {found.expires_at})")
+    return page.text()
+
+
+def plan_line(found: Plan) -> str:
+    """`Plan: 10 to add, 1 to change, 0 to remove.` or the sentence that there is nothing to do."""
+    if not found.has_changes:
+        return "No changes. The database matches the desired state."
+    return f"Plan: {_numbers(found.summary, 'to add', 'to change', 'to remove', 'to forget')}."
+
+
+def checks_line(verdicts: Sequence[Verdict]) -> str:
+    """The line that counts verdicts."""
+    counts = {status: sum(v.status == status for v in verdicts) for status in ("held", "violated", "not_judged")}
+    return (
+        f"Invariants: {counts['held']} held, {counts['violated']} violated, 0 attested,"
+        f" {counts['not_judged']} not judged. Proofs: 0 passed, 0 rehearsed. Surface: 0 of 0 as predicted."
+    )
+
+
+def drift(found: DriftReport, *, colour: bool, verbose: bool) -> str:
+    """A drift report; a clean one says when it was clean."""
+    page = _Page(colour)
+    page.line(f"{_target(found.target)}, checked at {found.checked_at}")
+    applied = found.last_applied
+    page.line(
+        f"Last applied: entry {applied['entry']} of {applied['recorded_at']}, release {applied['release']}"
+        if applied
+        else "Last applied: nothing that is known"
+    )
+    if found.drift:
+        page.line("", "Drift (live is not what was last applied):")
+        for item in found.drift:
+            _moved(page, item)
+    if found.pending:
+        page.line("", "Pending (the files are not what was last applied):")
+        for item in found.pending:
+            _moved(page, item)
+    _verdicts(page, found.invariants, verbose=verbose)
+    _findings(page, found.findings)
+    _not_compared(page, found.not_compared, verbose=verbose)
+    page.legend()
+    page.line("")
+    if found.drift:
+        page.line(f"Drift: {_count(len(found.drift), 'object')} changed, {len(found.pending)} pending.")
+    else:
+        page.line(f"No drift at {found.checked_at}. {len(found.pending)} pending.")
+    page.line(checks_line(found.invariants))
+    return page.text()
+
+
+def outcome(found: Outcome, *, colour: bool) -> str:
+    """What an apply did."""
+    page = _Page(colour)
+    page.line(f"Apply complete! {_numbers(found.summary, 'added', 'changed', 'removed', 'forgotten')}.")
+    page.line(checks_line(found.invariants))
+    page.line(f"Ledger entry {found.entry}, {found.hash}")
+    page.line(f"{_count(found.statements, 'statement')} in transaction {found.transaction_id}, {found.seconds:.2f} s")
+    if found.genesis:
+        page.line(f"This is the first entry: write `ledger: {found.hash}` below targets.{found.target.name}.")
+    if found.problems:
+        page.line(f"Applied, but: {found.problems[0]}")
+        for problem in found.problems[1:]:
+            page.line(f"             {problem}")
+    return page.text()
+
+
+def approval(found: Approval, *, colour: bool) -> str:
+    """An approval."""
+    page = _Page(colour)
+    page.line(f"Approval {found.id} by {found.approver}: {found.reason}")
+    page.line(f"For {_target(found.target)}, effect digest {found.effect_digest}")
+    page.line(f"Accepts {', '.join(found.accepted) or 'no hazards, there are none'}")
+    page.line(f"Issued {found.issued_at}, expires {found.expires_at}; {'signed' if found.signature else 'not signed'}")
+    return page.text()
+
+
+class _Page:
+    """Lines of output; remembers which symbols were used. Nothing that comes from outside reaches the terminal raw."""
+
+    def __init__(self, colour: bool) -> None:
+        self._lines: list[str] = []
+        self._used: list[str] = []
+        self._colour = colour
+
+    def line(self, *texts: str, symbol: str = "") -> None:
+        for text in texts:
+            shown = printable(text)
+            if self._colour and symbol:
+                shown = f"\x1b[{COLOURS[symbol]}m{shown}\x1b[0m"
+            self._lines.append(shown)
+        if symbol in MEANING and symbol not in self._used:
+            self._used.append(symbol)
+
+    def legend(self) -> None:
+        if self._used:
+            self.line(
+                "", "Symbols: " + ", ".join(f"{symbol} {MEANING[symbol]}" for symbol in MEANING if symbol in self._used)
+            )
+
+    def text(self) -> str:
+        return "\n".join(self._lines) + "\n"
+
+
+def printable(text: str) -> str:
+    """The text with every control character (escape sequences, bidirectional overrides) written out."""
+    return re.sub(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]",
+        lambda match: f"\\u{ord(match[0]):04x}",
+        text,
+    )
+
+
+def _target(target: Target) -> str:
+    return f"{target.name} (database {target.database}, PostgreSQL {target.server_version})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _numbers(summary: Summary, add: str, change: str, remove: str, forget: str) -> str:
+    text = f"{summary.add} {add}, {summary.change} {change}, {summary.remove} {remove}"
+    return f"{text}, {summary.forget} {forget}" if summary.forget else text
+
+
+def _symbol(actions: Sequence[str]) -> str:
+    if list(actions) == ["remove", "add"]:
+        return "-/+"
+    return {"add": "+", "change": "~", "remove": "-", "forget": "."}[actions[0]]
+
+
+def _change(page: _Page, change: Change) -> None:
+    symbol = _symbol(change.actions)
+    page.line(f"  {symbol} {change.address}  ({change.reason})", symbol=symbol)
+    if change.hazards:
+        page.line(f"      hazards: {', '.join(change.hazards)}")
+    for field in change.fields:
+        _field(page, field)
+    for statement in change.statements:
+        role = f"  -- as {statement.role}" if statement.role else ""
+        lines = statement.text.strip().split("\n")
+        lines[-1] += ";" + role
+        for text in lines:
+            page.line(f"      {text}")
+
+
+def _moved(page: _Page, item: Drift) -> None:
+    symbol = _symbol(item.actions)
+    page.line(f"  {symbol} {item.address}  ({item.reason})", symbol=symbol)
+    for field in item.fields:
+        _field(page, field)
+
+
+def _field(page: _Page, field: FieldChange) -> None:
+    before, after = field.before, field.after
+    if isinstance(before, str) and isinstance(after, str) and ("\n" in before or "\n" in after):
+        page.line(f"      {field.name}:")
+        for text in _unified(before, after):
+            page.line(f"        {text}", symbol=text[:1] if text[:1] in "+-" else "")
+        return
+    page.line(f"      {field.name}: {_value(before)} -> {_value(after)}")
+
+
+def _unified(before: str, after: str) -> Iterable[str]:
+    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=2))[2:]
+    # Bodies that differ only in line ends or a last newline look alike line by line.
+    return lines or [f"{len(before)} characters -> {len(after)} characters; only line ends differ"]
+
+
+def _value(value: Json) -> str:
+    text = "nothing" if value is None else repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= SHORT else f"{text[:SHORT]}… ({len(text)} characters)"
+
+
+def _verdicts(page: _Page, verdicts: Sequence[Verdict], *, verbose: bool) -> None:
+    shown = [verdict for verdict in verdicts if verbose or verdict.status != "held"]
+    if shown:
+        page.line("", "Invariants:")
+    for verdict in shown:
+        symbol = "" if verdict.status == "held" else "!"
+        page.line(f"  {symbol or ' '} {verdict.address}: {verdict.status}: {verdict.detail}", symbol=symbol)
+
+
+def _findings(page: _Page, findings: Sequence[Finding]) -> None:
+    if findings:
+        page.line("", "Findings:")
+    for finding in findings:
+        page.line(f"    {finding.address}: {finding.code}: {finding.message}")
+
+
+def _not_compared(page: _Page, found: Sequence[NotCompared], *, verbose: bool) -> None:
+    if not found:
+        return
+    if verbose:
+        page.line("", "Not compared by this version:")
+        for entry in found:
+            page.line(f"    {entry.object_class} in {entry.where}: {entry.count}")
+    else:
+        classes = ", ".join(sorted({f"{entry.object_class} ({entry.count})" for entry in found}))
+        page.line("", f"Not compared by this version: {classes}.")

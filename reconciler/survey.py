@@ -1,0 +1,60 @@
+"""The middle of the flow, once: what plan, drift, the stale check and the last look need, from one transaction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reconciler import ledger, live, plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from reconciler.model import Change, Desired, Drift, Live, NotCompared, Plan, Target, Verdict
+    from reconciler.pg import Connection
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one transaction saw."""
+
+    desired: Desired
+    target: Target
+    last: ledger.Last
+    live: Live
+    setup: Sequence[Change]
+    verdicts: Sequence[Verdict]
+    not_compared: Sequence[NotCompared]
+
+    def plan(self, now: datetime, drift: Sequence[Drift] = ()) -> Plan:
+        """The plan that follows from what was seen. Raises Refused."""
+        return plan.build(
+            self.desired,
+            self.live,
+            target=self.target,
+            setup=self.setup,
+            last=self.last.manifest,
+            drift=drift,
+            verdicts=self.verdicts,
+            not_compared=self.not_compared,
+            now=now,
+        )
+
+
+def survey(conn: Connection, desired: Desired) -> Survey:
+    """Look at everything, inside the caller's transaction. Raises UsageError, ServerProblem, Refused."""
+    target = live.identify(conn, desired)
+    last = ledger.last(conn, desired.name)
+    ledger.check_named(desired, last)
+    found = live.read(conn, desired)
+    found = type(found)(found.items, found.facts, (*last.findings, *found.findings))
+    return Survey(
+        desired=desired,
+        target=target,
+        last=last,
+        live=found,
+        setup=ledger.setup(desired, last),
+        verdicts=live.judge(conn, desired, last.allow_functions),
+        not_compared=live.not_compared(conn, desired),
+    )
