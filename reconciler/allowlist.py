@@ -33,7 +33,7 @@ from reconciler.syntax import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 FUNCTIONS = frozenset(
     # Numbers. No factorial: its cost grows faster than its argument.
@@ -200,7 +200,9 @@ NODES: dict[str, str] = {
     "ColumnRef": "fields",
     "CommonTableExpr": "ctename aliascolnames ctematerialized ctequery",
     "Float": "fval",
-    "FuncCall": "funcname args agg_order agg_filter over agg_within_group agg_star agg_distinct func_variadic funcformat",
+    "FuncCall": (
+        "funcname args agg_order agg_filter over agg_within_group agg_star agg_distinct func_variadic funcformat"
+    ),
     "GroupingFunc": "args",
     "GroupingSet": "kind content",
     "Integer": "ival",
@@ -373,30 +375,12 @@ class _Checker:
             self.place = location
         if not self.known(node, location):
             return
-        match node:
-            case pb.SelectStmt():
-                scope = self.with_clause(node, scope)
-            case pb.RangeVar():
-                self.relation(node, scope)
-            case pb.FuncCall():
-                self.function(node)
-            case pb.A_Expr():
-                if node.kind not in BETWEEN:
-                    self.operator(strings(node.name), location)
-            case pb.SubLink():
-                self.operator(strings(node.oper_name), location)
-            case pb.TypeName():
-                self.type(node)
-            case pb.CollateClause():
-                self.built_in(strings(node.collname), location, "collation")
-            case pb.ColumnRef():
-                self.column(node)
-            case pb.A_Indirection():
-                self.indirection(node)
-            case pb.JoinExpr():
-                self.join(node)
-            case _:
-                pass
+        if isinstance(node, pb.SelectStmt):
+            scope = self.with_clause(node, scope)
+        elif isinstance(node, pb.RangeVar):
+            self.relation(node, scope)
+        elif type(node) in JUDGES:
+            JUDGES[type(node)](self, node)
         for child in _children(node):
             if not isinstance(child, pb.WithClause):
                 self.visit(child, scope)
@@ -404,7 +388,7 @@ class _Checker:
     def known(self, node: Message, location: int) -> bool:
         """Whether the kind of `node` is in NODES; its fields are judged one by one."""
         kind = node.DESCRIPTOR.name
-        if kind not in NODES or self.one_row and kind in ("SelectStmt", "SubLink", "A_Star"):
+        if kind not in NODES or (self.one_row and kind in {"SelectStmt", "SubLink", "A_Star"}):
             self.refuse(location_of(node), f"{NAMES.get(kind, kind)} is not allowed here")
             return False
         for field, value in _fields(node, allowed=False):
@@ -457,10 +441,13 @@ class _Checker:
         if self.one_row and (node.agg_star or node.agg_distinct or node.HasField("over")):
             self.refuse(node.location, "an aggregate or window function is not allowed here")
 
-    def operator(self, names: tuple[str, ...], location: int) -> None:
+    def operator(self, node: pb.A_Expr | pb.SubLink) -> None:
         """An operator of pg_catalog, with or without OPERATOR(pg_catalog. )."""
+        if isinstance(node, pb.A_Expr) and node.kind in BETWEEN:
+            return
+        names = strings(node.name if isinstance(node, pb.A_Expr) else node.oper_name)
         if names and (names[-1] not in OPERATORS or names[:-1] not in ((), ("pg_catalog",))):
-            self.refuse(location, f"operator {'.'.join(names)} is not allowed here")
+            self.refuse(node.location, f"operator {'.'.join(names)} is not allowed here")
 
     def type(self, node: pb.TypeName) -> None:
         """A built-in type: another one's input function is somebody's code."""
@@ -469,9 +456,11 @@ class _Checker:
         if names[:-1] not in ((), ("pg_catalog",)) or plain not in TYPES:
             self.refuse(node.location, f"type {'.'.join(map(quote_ident, names))} is not allowed here")
 
-    def built_in(self, names: tuple[str, ...], location: int, what: str) -> None:
+    def collation(self, node: pb.CollateClause) -> None:
+        """A collation of pg_catalog."""
+        names = strings(node.collname)
         if names[:-1] not in ((), ("pg_catalog",)):
-            self.refuse(location, f"{what} {'.'.join(map(quote_ident, names))} is not allowed here")
+            self.refuse(node.location, f"collation {'.'.join(map(quote_ident, names))} is not allowed here")
 
     def column(self, node: pb.ColumnRef) -> None:
         """A column, unless PostgreSQL would find none and call a function of that name: x.pg_sleep is pg_sleep(x)."""
@@ -502,7 +491,7 @@ class _Checker:
         if not sure and relation in facts.functions:
             hint = f"declare the column: AS {quote_ident(relation)}({quote_ident(name)})"
             self.refuse(location, f"{column} could be a call of a function; {hint}")
-        elif not sure or facts.secrets and harmless:
+        elif not sure or (facts.secrets and harmless):
             self.refuse(location, f"{column} could be a call of a function; write the column name alone")
 
     def indirection(self, node: pb.A_Indirection) -> None:
@@ -519,6 +508,18 @@ class _Checker:
             if column in self.facts.hidden:
                 self.refuse(self.place, f"column {column} can hold secrets")
 
+
+JUDGES: Mapping[type[Message], Callable[[_Checker, Any], None]] = {
+    pb.FuncCall: _Checker.function,
+    pb.A_Expr: _Checker.operator,
+    pb.SubLink: _Checker.operator,
+    pb.TypeName: _Checker.type,
+    pb.CollateClause: _Checker.collation,
+    pb.ColumnRef: _Checker.column,
+    pb.A_Indirection: _Checker.indirection,
+    pb.JoinExpr: _Checker.join,
+}
+"""Who looks at the nodes that name something. RangeVar and SelectStmt need to know their scope."""
 
 BETWEEN = (pb.AEXPR_BETWEEN, pb.AEXPR_NOT_BETWEEN, pb.AEXPR_BETWEEN_SYM, pb.AEXPR_NOT_BETWEEN_SYM)
 """Kinds of A_Expr whose name is no operator but a word."""

@@ -398,7 +398,7 @@ def _unchanged(conn: pg.Connection, run: _Run) -> Survey:
         used=found.last.used,
         now=_server_time(conn),
     )
-    if again.setup != plan.setup or again.changes != plan.changes:
+    if _rendered(again) != _rendered(plan):
         raise NotApproved(
             "The plan's statements are not those that its approved effects give.",
             details=_differences(plan, again),
@@ -425,6 +425,10 @@ def _differences(plan: Plan, again: Plan) -> list[str]:
             what = f"the live {', '.join(names)} changed" if names else "the effect changed"
             lines.append(f"{address}: {what}")
     return lines[:10] or ["the declarations, the policy or the checks are not those that were approved"]
+
+
+def _rendered(plan: Plan) -> list[tuple[str, Any, Any]]:
+    return [(change.address, change.statements, change.hazards) for change in (*plan.setup, *plan.changes)]
 
 
 def _statements(plan: Plan) -> list[Any]:

@@ -345,13 +345,17 @@ def _ask(made: Plan, checksum: str, *, colour: bool) -> list[Approval]:
 
 
 class _Progress:
-    """Progress of an apply on stderr, a line for each stage, with the seconds since the start."""
+    """Progress of an apply on stderr: stages and objects, with the seconds since the start."""
 
     def __init__(self, *, verbose: bool) -> None:
         self._verbose = verbose
         self._started = datetime.now(UTC)
+        self._last = ""
 
     def __call__(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
+        if detail == self._last and not self._verbose and number < of:
+            return  # one line for each object, not for each of its statements
+        self._last = detail
         seconds = (datetime.now(UTC) - self._started).total_seconds()
         count = f" {number}/{of}" if of else ""
         click.echo(f"{seconds:6.1f} s  {stage}{count}{': ' + detail if detail else ''}", err=True)

@@ -14,7 +14,7 @@ import uuid
 from datetime import date
 from decimal import Decimal
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from postgast import pg_query_pb2 as pb
 
@@ -22,6 +22,8 @@ from reconciler.syntax import UnknownType, expression_of, quote_ident, strings, 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from reconciler.model import Json
 
 INTEGERS: Mapping[str, tuple[int, int]] = {
     "smallint": (-(2**15), 2**15 - 1),
@@ -118,29 +120,31 @@ def _canonical(node: pb.Node, wanted: str) -> str:
             raise _NoOneText
 
 
-def _cast(cast: pb.TypeCast, wanted: str) -> str:
+def _cast(node: pb.TypeCast, wanted: str) -> str:
     """A constant, array or call that carries a cast: the cast goes where it says nothing new."""
-    if cast.type_name.typmods or cast.type_name.setof:
+    if node.type_name.typmods or node.type_name.setof:
         raise _NoOneText
-    target = type_name(cast.type_name)
-    kind = cast.arg.WhichOneof("node")
-    if kind in ("func_call", "sqlvalue_function"):
-        text, returned = _call(cast.arg)
-        return text if target == returned else f"({text})::{_in_expression(target)}"
-    if kind == "a_array_expr" and target == wanted:
-        return _array(cast.arg.a_array_expr, wanted, target)
-    if kind != "a_const":
-        raise _NoOneText
-    constant = cast.arg.a_const
-    if constant.isnull:
-        return _constant(constant, wanted)
-    if not _is_builtin(wanted) and target in ("text", "character varying", "character"):
-        # A domain over text: PostgreSQL shows the base type of the constant.
+    target = type_name(node.type_name)
+    match node.arg.WhichOneof("node"):
+        case "a_const":
+            return _cast_constant(node.arg.a_const, target, wanted)
+        case "a_array_expr" if target == wanted:
+            return _array(node.arg.a_array_expr, wanted, target)
+        case "func_call" | "sqlvalue_function":
+            text, returned = _call(node.arg)
+            return text if target == returned else f"({text})::{_in_expression(target)}"
+        case _:
+            raise _NoOneText
+
+
+def _cast_constant(constant: pb.A_Const, target: str, wanted: str) -> str:
+    domain_over_text = not _is_builtin(wanted) and target in ("text", "character varying", "character")
+    if constant.isnull or domain_over_text:
+        # NULL is NULL in every type, and of a domain PostgreSQL shows the base type.
         return _constant(constant, wanted)
     inner = _constant(constant, target)
-    if target == wanted or inner.startswith("'"):
-        return inner
-    if _fits(inner, target) and (_fits(inner, wanted) or wanted == "numeric"):
+    exact = _fits(inner, target) and (_fits(inner, wanted) or wanted == "numeric")
+    if target == wanted or exact or inner.startswith("'"):
         return inner
     return f"({inner})::{_in_expression(target)}"
 
@@ -252,9 +256,9 @@ def _decimal(value: str) -> Decimal:
 
 def _boolean(value: str) -> str:
     word = value.strip().lower()
-    if word and any(true.startswith(word) for true in ("true", "yes", "1")) or word == "on":
+    if word == "on" or (word and any(true.startswith(word) for true in ("true", "yes", "1"))):
         return "true"
-    if word and any(false.startswith(word) for false in ("false", "no", "0")) or word in ("off", "of"):
+    if word in ("off", "of") or (word and any(false.startswith(word) for false in ("false", "no", "0"))):
         return "false"
     raise _NoOneText
 
@@ -307,30 +311,27 @@ def _bytea(value: str) -> str:
 
 def _jsonb(value: str) -> str:
     """As jsonb_out prints it: keys by length and then by bytes, the last of equal ones, numbers in full."""
-
-    def write(part: Any) -> str:
-        match part:
-            case dict():
-                keys = sorted(part, key=lambda key: (len(key.encode()), key.encode()))
-                return "{" + ", ".join(f"{write(key)}: {write(part[key])}" for key in keys) + "}"
-            case list():
-                return "[" + ", ".join(write(item) for item in part) + "]"
-            case Decimal():
-                return format(part, "f")
-            case _:
-                return json.dumps(part, ensure_ascii=False)
-
-    def refuse(word: str) -> Any:
-        raise _NoOneText(word)
-
     try:
-        tree = json.loads(value, parse_float=_decimal, parse_int=_decimal, parse_constant=refuse)
+        tree = json.loads(value, parse_float=_decimal, parse_int=_decimal, parse_constant=_never)
+        text = _write_json(tree)
     except (ValueError, RecursionError) as error:
         raise _NoOneText from error
-    text = write(tree)
     if "\\u0000" in text or "\x7f" in text or re.search("[\ud800-\udfff]", text) is not None:
         raise _NoOneText
     return text
+
+
+def _write_json(part: Json) -> str:
+    match part:
+        case dict():
+            members = sorted(cast("dict[str, Json]", part).items(), key=lambda item: (len(item[0].encode()), item[0]))
+            return "{" + ", ".join(f"{_write_json(key)}: {_write_json(item)}" for key, item in members) + "}"
+        case list():
+            return "[" + ", ".join(map(_write_json, cast("list[Json]", part))) + "]"
+        case Decimal():
+            return format(part, "f")
+        case _:
+            return json.dumps(part, ensure_ascii=False)
 
 
 UNITS = {
@@ -358,7 +359,7 @@ def _interval(value: str) -> str:
     amounts = re.findall(r"(\d{1,6})\s*([a-z]+)\s*", rest)
     if "".join(number + unit for number, unit in amounts) != re.sub(r"\s", "", rest):
         raise _NoOneText
-    if not amounts and clock is None or any(unit not in UNITS for _, unit in amounts):
+    if (not amounts and clock is None) or any(unit not in UNITS for _, unit in amounts):
         raise _NoOneText
     for number, unit in amounts:
         month, day, second = UNITS[unit]

@@ -119,7 +119,8 @@ def fields(before: Json, after: Json) -> tuple[FieldChange, ...]:
     found: list[FieldChange] = []
     for name in sorted({*before, *after}):
         old, new = before.get(name), after.get(name)
-        if old == new and type(old) is type(new):
+        # Canonical JSON: 1 and true differ, 100 and 100.0 do not.
+        if canonical(old) == canonical(new):
             continue
         if isinstance(old, list | dict) and isinstance(new, list | dict):
             found += _inside(name, old, new)

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Literal, cast
 from postgast import PgQueryError, parse_plpgsql
 from postgast import pg_query_pb2 as pb
 
-from reconciler.allowlist import QueryReport, check_expression, check_query
-from reconciler.defaults import canonical_default, float4, split_expressions
+from reconciler.defaults import canonical_default, float4
 from reconciler.model import Model
 from reconciler.syntax import (
     Trouble,
     UnknownType,
     at,
     location_of,
-    one_statement,
     quote_ident,
     shifted,
     single,
@@ -33,24 +31,6 @@ from reconciler.syntax import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-__all__ = [
-    "Arg",
-    "QueryReport",
-    "Routine",
-    "Trouble",
-    "canonical_default",
-    "check_body",
-    "check_expression",
-    "check_query",
-    "identity",
-    "one_statement",
-    "parse_identity",
-    "parse_routine",
-    "quote_ident",
-    "split_expressions",
-    "split_identity",
-]
 
 Mode = Literal["in", "out", "inout", "variadic", "table"]
 
@@ -315,7 +295,7 @@ class _RoutineReader:
         if word not in ("unsafe", "restricted", "safe"):
             self.refuse(self.options["parallel"].location, "PARALLEL must be SAFE, RESTRICTED or UNSAFE")
             return "unsafe"
-        return cast("Literal['unsafe', 'restricted', 'safe']", word)
+        return word
 
     def support(self) -> str | None:
         if "support" not in self.options:
@@ -394,7 +374,8 @@ def _same_argument(arg: Arg, earlier: Arg) -> bool:
     if arg.name != earlier.name:
         return False
     inputs, outputs = ("in", "variadic"), ("out", "table")
-    return not (arg.mode in inputs and earlier.mode in outputs or arg.mode in outputs and earlier.mode in inputs)
+    modes = (arg.mode, earlier.mode)
+    return not any(one in inputs and other in outputs for one, other in (modes, modes[::-1]))
 
 
 def identity(schema: str, name: str, args: Sequence[Arg]) -> str:
@@ -450,6 +431,9 @@ NOT_THE_AUTHORS = re.compile(
     re.VERBOSE,
 )
 """What postgast 0.2 says of types that it cannot know: it takes a variable of another type for a record."""
+
+
+STRINGS = (pb.Token.SCONST, pb.Token.USCONST)
 
 
 def check_body(text: str) -> tuple[list[Trouble], bool]:
@@ -528,9 +512,8 @@ def _error_line(text: str, span: tuple[int, int], message: str, near: int) -> in
 def _body_span(text: str, location: int) -> tuple[int, int]:
     """Where the body stands in `text` without its quotes, in bytes; `location` is that of AS."""
     raw = text.encode()
-    token = next(
-        token for token in tokens_of(text)[0] if token.start >= location and token.token in (pb.Token.SCONST, pb.Token.USCONST)
-    )
+    strings_after = (token for token in tokens_of(text)[0] if token.start >= location and token.token in STRINGS)
+    token = next(strings_after)
     opening = re.match(rb"\$[^$]*\$|[eE]?'|[uU]&'", raw[token.start : token.end])
     before = len(opening[0]) if opening is not None else 0
     after = before if raw[token.start : token.start + 1] == b"$" else 1

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 MAX_TOKENS = 20_000
-"""PostgreSQL's parser is recursive and postgast has no stack check: 200,000 tokens in one expression end the process."""
+"""What is parsed at all: postgast checks no stack, and an expression of 200,000 words ends the process."""
 
 BUILTIN_TYPES = frozenset(
     """
