@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from pydantic import Field
 
@@ -357,7 +357,7 @@ def _gates_exist(items: Mapping[str, Declared], sections: Mapping[str, Mapping[s
     problems: list[Problem] = []
     known = sections.get("gates", {})
     for item in items.values():
-        gates: Any = getattr(item.rules, "gates", ())
+        gates: tuple[str, ...] = getattr(item.rules, "gates", ())
         for index, gate in enumerate(gates):
             if gate not in known:
                 near = difflib.get_close_matches(gate, known, 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from reconciler.errors import Refused
 from reconciler.kinds import Blocked, Kind, Wanted, kinds
-from reconciler.model import Action, Change, Declared, Desired, FieldChange, Hazard, Json, Live, Model
+from reconciler.model import Action, Change, Declared, Desired, FieldChange, Hazard, Json, Live, Model, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -123,13 +123,14 @@ def fields(before: Json, after: Json) -> tuple[FieldChange, ...]:
         if canonical(old) == canonical(new):
             continue
         if isinstance(old, list | dict) and isinstance(new, list | dict):
-            found += _inside(name, old, new)
+            # Inside a list deepdiff takes 1 and true for equal: then the whole list is named.
+            found += _inside(name, old, new) or [FieldChange(name=name, before=old, after=new)]
         else:
             found.append(FieldChange(name=name, before=old, after=new))
     return tuple(found)
 
 
-def _inside(name: str, old: Json, new: Json) -> Iterable[FieldChange]:
+def _inside(name: str, old: Json, new: Json) -> list[FieldChange]:
     # Slow to import, and most runs have nothing to compare this closely.
     from deepdiff import DeepDiff
     from deepdiff.helper import notpresent

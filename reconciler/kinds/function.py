@@ -41,12 +41,16 @@ LIST_SETTINGS = frozenset({
 WAIVABLE = ("pinned_path", "public_execute")
 
 
-class Grant(Model, frozen=True):
+class Grant(Model):
     """EXECUTE for one grantee. `grantee` None is PUBLIC."""
 
     grantee: str | None
     grantor: str
     grantable: bool = False
+
+    if TYPE_CHECKING:
+        # pydantic makes frozen models hashable; type checkers do not know.
+        def __hash__(self) -> int: ...
 
 
 class FunctionDeclaration(Model):

@@ -228,9 +228,3 @@ def test_without_stars_a_glob_matches_itself_and_nothing_longer(text: str) -> No
 )
 def test_globs_know_two_special_characters(pattern: str, text: str, expected: bool) -> None:
     assert matches(pattern, text) == expected
-
-
-@given(st.text(min_size=1, max_size=8))
-def test_only_ascii_is_escaped(pattern: str) -> None:
-    # PostgreSQL takes a backslash before a letter or digit of the database's locale for an unknown escape.
-    assert not re.search(r"\\[^\x00-\x7f]", glob_regex(pattern))
