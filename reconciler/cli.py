@@ -82,7 +82,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("state"))
 def init(directory: Path) -> None:
-    r"""Write a commented state DIRECTORY to start from.
+    """Write a commented state DIRECTORY to start from.
 
     \b
     Examples:
@@ -101,7 +101,7 @@ def init(directory: Path) -> None:
 @_target_option
 @_output_options
 def validate(state: Path, target: str | None, form: str, no_color: bool, verbose: bool) -> None:
-    r"""Check everything that can be checked without a database.
+    """Check everything that can be checked without a database.
 
     \b
     Examples:
@@ -128,7 +128,7 @@ def validate(state: Path, target: str | None, form: str, no_color: bool, verbose
 
 @cli.command()
 def schema() -> None:
-    r"""Print the JSON Schema of state files, for editors.
+    """Print the JSON Schema of state files, for editors.
 
     \b
     Examples:
@@ -150,11 +150,11 @@ def schema() -> None:
 @click.option("--show-values", is_flag=True, help="Print values that declared queries gave; only for trusted runs.")
 @click.pass_context
 def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click hands over options of every type
-    r"""Show what would change. Reads only: one read-only transaction, rolled back.
+    """Show what would change. Reads only: one read-only transaction, rolled back.
 
     \b
     Examples:
-      reconciler plan --dsn postgresql://planner@db/directus -t production
+      reconciler plan --dsn postgresql://planner@db/app -t production
       reconciler plan --out phase2.plan --detailed-exitcode
     """
     from reconciler import desired, drift, pg
@@ -191,7 +191,7 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
 @click.argument("file", type=click.Path(path_type=Path))
 @_output_options
 def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
-    r"""Print a saved plan or approval FILE again, stale or not.
+    """Print a saved plan or approval FILE again, stale or not.
 
     \b
     Examples:
@@ -225,7 +225,7 @@ def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where to write the approval.")
 @_output_options
 def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
-    r"""Approve exactly the effects of a saved PLAN. Needs no database.
+    """Approve exactly the effects of a saved PLAN. Needs no database.
 
     \b
     Examples:
@@ -270,11 +270,11 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
 @click.option("--initialize", is_flag=True, help="This is the first apply of this name on this database.")
 @click.pass_context
 def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
-    r"""Apply an approved PLAN in one transaction, or change nothing.
+    """Apply an approved PLAN in one transaction, or change nothing.
 
     \b
     Examples:
-      reconciler apply phase2.plan --dsn postgresql://operator@db/directus --initialize
+      reconciler apply phase2.plan --dsn postgresql://operator@db/app --initialize
       reconciler apply phase2.plan --approval a.approval.json --approval b.approval.json
     """
     from reconciler import apply as applying
@@ -369,11 +369,11 @@ class _Progress:
 @click.option("--fail-on", default="", help="Findings that also exit 2, for example undeclared,stale_heartbeat.")
 @click.pass_context
 def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as plan
-    r"""Compare live with last applied (drift) and with the files (pending). Reads only.
+    """Compare live with last applied (drift) and with the files (pending). Reads only.
 
     \b
     Examples:
-      reconciler drift --dsn postgresql://planner@db/directus -t production
+      reconciler drift --dsn postgresql://planner@db/app -t production
       reconciler drift --format json --fail-on undeclared,stale_heartbeat
     """
     from reconciler import desired, pg
@@ -408,7 +408,7 @@ def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
 @cli.command()
 @click.option("--print-sql", is_flag=True, required=True, help="Print the SQL that creates the ledger.")
 def ledger(print_sql: bool) -> None:
-    r"""The ledger's own SQL, for a DBA who wants to create it beforehand.
+    """The ledger's own SQL, for a DBA who wants to create it beforehand.
 
     \b
     Examples:
@@ -423,7 +423,7 @@ def ledger(print_sql: bool) -> None:
 
 @cli.group()
 def sandbox() -> None:
-    r"""An embedded PostgreSQL to try things on.
+    """An embedded PostgreSQL to try things on.
 
     \b
     Examples:
@@ -436,7 +436,7 @@ def sandbox() -> None:
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="Where the server keeps its files.")
 def up(directory: Path | None, data: Path | None) -> None:
-    r"""Start the embedded server, load the SQL files of DIRECTORY in name order; the DSN is on the last line.
+    """Start the embedded server, load the SQL files of DIRECTORY in name order; the DSN is on the last line.
 
     \b
     Examples:
@@ -451,7 +451,7 @@ def up(directory: Path | None, data: Path | None) -> None:
 @sandbox.command()
 @click.option("--data", type=click.Path(path_type=Path), help="Where the server keeps its files.")
 def down(data: Path | None) -> None:
-    r"""Stop the embedded server and remove its data.
+    """Stop the embedded server and remove its data.
 
     \b
     Examples:
@@ -467,11 +467,11 @@ def down(data: Path | None) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--dsn", envvar="RECONCILER_DSN", required=True, help="An empty database.")
 def load(directory: Path, dsn: str) -> None:
-    r"""Load the SQL files of DIRECTORY in name order into an empty database of any server.
+    """Load the SQL files of DIRECTORY in name order into an empty database of any server.
 
     \b
     Examples:
-      reconciler sandbox load examples/dieu45/baseline --dsn postgresql://postgres@localhost/directus
+      reconciler sandbox load examples/dieu45/baseline --dsn postgresql://postgres@localhost/app
       reconciler sandbox load my/schema --dsn "host=/run/postgresql dbname=trial"
     """
     from reconciler import sandbox as sandboxes

@@ -10,7 +10,7 @@ from reconciler.kinds import Blocked, Kind, Wanted, kinds
 from reconciler.model import Action, Change, Declared, Desired, FieldChange, Hazard, Json, Live, Model, canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 
 def changes(desired: Desired, live: Live, last: Mapping[str, Json]) -> tuple[Change, ...]:
