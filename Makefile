@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
 help:
 	@echo "make demo      the main job on an embedded PostgreSQL, from plan to drift"
 	@echo "make test      everything that belongs in every run"
-	@echo "make test-all  the same on the servers of the matrix, and what takes long"
+	@echo "make test-all  what make test leaves out: the servers of the matrix, and what takes long"
 	@echo "make lint      linters and type checker alone"
 	@echo "make setup     only install"
 	@echo "make clean     remove what these commands made"
@@ -26,7 +26,7 @@ demo: $(VENV)/embedded
 test: $(VENV)/dev
 	$(PYTEST) -n $(WORKERS) -m "not slow"
 
-test-all: test
+test-all: $(VENV)/dev
 	RECONCILER_TEST_SERVER=16 $(PYTEST) -n $(WORKERS) -m "not slow" --ignore tests/unit
 	for major in 14 15 17 18; do \
 	  RECONCILER_TEST_SERVER=$$major $(PYTEST) -n $(WORKERS) -m smoke --ignore tests/unit || exit 1; \

@@ -73,6 +73,34 @@ def complete(composed: sql.Composable, role: str | None = None) -> Statement:
     return Statement(text=composed.as_string(None), role=role)
 
 
+QUERY_TIMEOUT_MS = 5_000
+MAX_TEXT = 65_536
+"""Characters of a value that a declared query may give."""
+
+
+def single_value(conn: pg.Connection, query: str, doing: str) -> tuple[str | None, str]:
+    """The one value, as text, that a declared query gives; or None and what is wrong with its answer.
+
+    The query must have passed `check_query`. It runs in the caller's transaction, with its own time-out, and never
+    sends more than two values of limited length.
+    """
+    shape = sql.SQL("SELECT * FROM ({}\n) AS q LIMIT 0").format(raw(query))
+    pg.timeout(conn, QUERY_TIMEOUT_MS)
+    columns = pg.width(conn, shape, doing)
+    if columns != 1:
+        return None, f"has {columns} columns; it must have exactly one"
+    text = sql.SQL("SELECT pg_catalog.left(q.v::pg_catalog.text, {}) AS value FROM ({}\n) AS q (v) LIMIT 2")
+    found = pg.rows(conn, text.format(sql.Literal(MAX_TEXT + 1), raw(query)), doing=doing)
+    if len(found) != 1:
+        return None, f"gives {'no row' if not found else 'more than one row'}; it must give exactly one value"
+    value: str | None = found[0]["value"]
+    if value is None:
+        return None, "gives NULL; it must give exactly one value"
+    if len(value) > MAX_TEXT:
+        return None, f"gives a value of more than {MAX_TEXT} characters"
+    return value, ""
+
+
 class Table(NamedTuple):
     """What the catalog says of one table: column name -> type, and the column sets of its unique indexes."""
 

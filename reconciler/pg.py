@@ -126,6 +126,14 @@ def rows(
         raise translated(error, doing) from error
 
 
+def width(conn: Connection, query: Query, doing: str = "") -> int:
+    """How many columns a query has. Raises what `translated` makes of a driver error."""
+    try:
+        return len(conn.execute(query).description or ())
+    except psycopg.Error as error:
+        raise translated(error, doing) from error
+
+
 def translated(error: psycopg.Error, doing: str = "") -> ReconcilerError:
     """The driver's error as ours: one sentence with the SQLSTATE and what was being done.
 

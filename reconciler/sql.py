@@ -479,8 +479,9 @@ def _plpgsql_error(text: str) -> PgQueryError | None:
         parse_plpgsql(text)
     except PgQueryError as error:
         return error
-    except ValueError:
-        # The body is right; what the library says about it is not JSON (see plpgsql_tree).
+    except (ValueError, RecursionError):
+        # The body is right. postgast describes it in JSON, which is broken for trigger functions (`{}},` for the
+        # variables that PostgreSQL fills in) and deep for deep blocks; the description is not needed here.
         return None
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, LiteralString
+from typing import TYPE_CHECKING, LiteralString
 
 from psycopg import sql
 from pydantic import Field, model_validator
@@ -12,12 +12,11 @@ from reconciler import pg
 from reconciler.allowlist import check_query
 from reconciler.checks import CheckKind
 from reconciler.model import Check, Declared, GateStore, Json, Model, Verdict, canonical
-from reconciler.parts import Complaint, Context, identifier, raw
+from reconciler.parts import QUERY_TIMEOUT_MS, Complaint, Context, identifier, raw, single_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-QUERY_TIMEOUT_MS = 5_000
 MAX_ROWS = 100_000
 
 # Relations whose rows or columns are hidden, without an error, from a role that lacks the privilege (DESIGN rule 16).
@@ -249,17 +248,7 @@ def _gate(conn: pg.Connection, address: str, spec: GateInvariantSpec) -> Verdict
 
 
 def _query(conn: pg.Connection, address: str, spec: QueryInvariant, allow_functions: Sequence[str]) -> Verdict:
-    # Again and with the installed policy: a file may allow itself whatever it likes (DESIGN rule 3).
-    report = check_query(spec.query, allow_functions)
-    if report.troubles:
-        return _not_judged(
-            address, "allow_functions", f"the installed policy does not allow it: {report.troubles[0].message}"
-        )
-    for relation in report.relations:
-        role = HIDING.get(relation)
-        if role is not None and not _may(conn, role):
-            return _not_judged(address, role, f"{relation} hides rows or columns from this role; GRANT {role} to it")
-    if missing := _unreadable(conn, report.relations):
+    if missing := _obstacle(conn, spec, allow_functions):
         return _not_judged(address, *missing)
     pg.timeout(conn, QUERY_TIMEOUT_MS)
     doing = f"judging {address}"
@@ -269,16 +258,27 @@ def _query(conn: pg.Connection, address: str, spec: QueryInvariant, allow_functi
         ).format(raw(spec.query), sql.Literal(MAX_ROWS + 1))
         found: int = pg.rows(conn, query, doing=doing)[0]["found"]
         return _verdict(address, found == spec.rows, f"{found} rows, expected {spec.rows}")
-    query = sql.SQL("SELECT pg_catalog.to_jsonb(q) AS row FROM ({}\n) AS q LIMIT 2").format(raw(spec.query))
-    rows: list[dict[str, Any]] = pg.rows(conn, query, doing=doing)
-    if len(rows) != 1 or len(rows[0]["row"]) != 1:
-        return _verdict(address, False, "the query must give one row with one column")
-    value = next(iter(rows[0]["row"].values()))
-    text = value if isinstance(value, str) else canonical(value).decode()
+    value, error = single_value(conn, spec.query, doing)
+    if value is None:
+        return _verdict(address, False, f"the query {error}")
+    if value == spec.equals:
+        return _verdict(address, True, "equal")
     # Never the value: what the planner may read, a pull request could print.
-    seen = hashlib.sha256(text.encode()).hexdigest()[:16]
-    same = text == spec.equals
-    return _verdict(address, same, "equal" if same else f"another value (sha256:{seen}) than declared")
+    seen = hashlib.sha256(value.encode()).hexdigest()[:16]
+    return _verdict(address, False, f"another value (sha256:{seen}) than declared")
+
+
+def _obstacle(conn: pg.Connection, spec: QueryInvariant, allow_functions: Sequence[str]) -> tuple[str, str] | None:
+    """What keeps this query from being judged by this role under the installed policy: (what is missing, sentence)."""
+    # Again and with the installed policy: a file may allow itself whatever it likes (DESIGN rule 3).
+    report = check_query(spec.query, allow_functions)
+    if report.troubles:
+        return "allow_functions", f"the installed policy does not allow it: {report.troubles[0].message}"
+    for relation in report.relations:
+        role = HIDING.get(relation)
+        if role is not None and not _may(conn, role):
+            return role, f"{relation} hides rows or columns from this role; GRANT {role} to it"
+    return _unreadable(conn, report.relations)
 
 
 def _unreadable(conn: pg.Connection, relations: Sequence[str]) -> tuple[str, str] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any, Literal
 
-import psycopg
 from psycopg import sql
 from pydantic import Field
 
@@ -26,14 +25,22 @@ from reconciler.model import (
     Statement,
     milliseconds,
 )
-from reconciler.parts import Complaint, Context, complete, identifier, raw, relation, table
+from reconciler.parts import (
+    QUERY_TIMEOUT_MS,
+    Complaint,
+    Context,
+    complete,
+    identifier,
+    raw,
+    relation,
+    single_value,
+    table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from reconciler.errors import Problem
-
-BIND_TIMEOUT_MS = 5_000
 
 
 class Bind(Model):
@@ -277,7 +284,7 @@ def _row(
         table=identifier(spec.table),
         where=_where(spec.key),
     )
-    pg.timeout(conn, BIND_TIMEOUT_MS)
+    pg.timeout(conn, QUERY_TIMEOUT_MS)
     found = pg.rows(conn, query, doing=doing)
     if not found:
         return None, expected
@@ -288,17 +295,8 @@ def _row(
 
 def _bound(conn: pg.Connection, address: str, column: str, bind: Bind) -> dict[str, Json]:
     """The single value of a bind as text, or what is wrong with the answer. Runs inside the caller's transaction."""
-    query = sql.SQL("SELECT q.v::pg_catalog.text AS value FROM ({}\n) AS q (v) LIMIT 2").format(raw(bind.query))
-    pg.timeout(conn, BIND_TIMEOUT_MS)
-    try:
-        found = pg.rows(conn, query, doing=f"running the query bound to {column} of {address}")
-    except psycopg.errors.InvalidColumnReference:
-        return {"error": "must have exactly one column"}
-    if len(found) != 1:
-        return {"error": f"gives {'no row' if not found else 'more than one row'}; it must give exactly one value"}
-    if found[0]["value"] is None:
-        return {"error": "gives NULL; it must give exactly one value"}
-    return {"value": found[0]["value"]}
+    value, error = single_value(conn, bind.query, f"running the query bound to {column} of {address}")
+    return {"value": value} if value is not None else {"error": error}
 
 
 def _watch(address: str, rules: MarkerRules, row: Mapping[str, Any], expected: Mapping[str, Json]) -> list[Finding]:
