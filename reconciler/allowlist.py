@@ -123,8 +123,8 @@ WINDOWS = frozenset(
 SETS = frozenset(
     """
     aclexplode generate_series generate_subscripts json_array_elements json_array_elements_text json_each json_each_text
-    json_object_keys json_to_record json_to_recordset jsonb_array_elements jsonb_array_elements_text jsonb_each
-    jsonb_each_text jsonb_object_keys jsonb_path_query jsonb_to_record jsonb_to_recordset regexp_matches
+    json_object_keys json_to_recordset jsonb_array_elements jsonb_array_elements_text jsonb_each
+    jsonb_each_text jsonb_object_keys jsonb_path_query jsonb_to_recordset regexp_matches
     regexp_split_to_table string_to_table unnest
     """.split()
 )
@@ -179,6 +179,21 @@ SECRET_COLUMNS = {
     "pg_user": frozenset({"useconfig"}),
 }
 """The same, where the rest of the relation is worth asking: its other columns may be used, by their names."""
+
+OPEN_COLUMNS = frozenset(
+    """
+    application_name backend_start backend_type backend_xid backend_xmin client_addr client_hostname client_port datid
+    datname fdwacl fdwhandler fdwname fdwowner fdwvalidator flushed_lsn last_msg_receipt_time last_msg_send_time
+    latest_end_lsn latest_end_time leader_pid oid passwd pid query_id query_start receive_start_lsn receive_start_tli
+    received_lsn received_tli rolbypassrls rolcanlogin rolconnlimit rolcreatedb rolcreaterole rolinherit rolname
+    rolpassword rolreplication rolsuper rolvaliduntil sender_host sender_port setdatabase setrole slot_name srvacl
+    srvfdw srvname srvowner srvtype srvversion state state_change status subbinary subdbid subdisableonerr subenabled
+    subfailover subname subowner suborigin subpasswordrequired subpublications subrunasowner subskiplsn subslotname
+    substream subsynccommit subtwophasestate usebypassrls usecreatedb usename userepl usesuper usesysid valuntil
+    wait_event wait_event_type written_lsn xact_start
+    """.split()
+)
+"""Those other columns. After a dot any other name could be a function that takes the whole row: a.to_jsonb."""
 
 NODES: dict[str, str] = {
     "A_ArrayExpr": "elements list_start list_end",
@@ -426,11 +441,11 @@ class _Checker:
             self.refuse(node.location, f"the columns of {name} may not be renamed here")
 
     def function(self, node: pb.FuncCall) -> None:
+        """A function of the lists, or one that the policy names with its schema."""
         names = strings(node.funcname)
         name = names[-1]
         if len(names) == 1 or names[:-1] == ("pg_catalog",):
-            one_row = FUNCTIONS - SETS
-            known = name in (one_row if self.one_row else FUNCTIONS | AGGREGATES | WINDOWS)
+            known = name in (FUNCTIONS - SETS if self.one_row else FUNCTIONS | AGGREGATES | WINDOWS)
             known = known or f"pg_catalog.{name}" in self.policy
         else:
             known = ".".join(names) in self.policy or ".".join(map(quote_ident, names)) in self.policy
@@ -481,9 +496,12 @@ class _Checker:
             self.refuse(node.location, f"column {names[-1]} can hold secrets")
 
     def dotted(self, relation: str, name: str, location: int) -> None:
+        """`relation.name`: PostgreSQL looks for a column first, then for a function that takes the relation's row."""
         facts = self.facts
         harmless = name in FUNCTIONS | AGGREGATES | WINDOWS
-        if relation in facts.functions:
+        if relation in facts.secrets:
+            sure = name in OPEN_COLUMNS
+        elif relation in facts.functions:
             sure = name in facts.functions[relation] | OUTPUT_COLUMNS or harmless
         else:
             sure = harmless or not name.startswith("pg_")
@@ -491,7 +509,7 @@ class _Checker:
         if not sure and relation in facts.functions:
             hint = f"declare the column: AS {quote_ident(relation)}({quote_ident(name)})"
             self.refuse(location, f"{column} could be a call of a function; {hint}")
-        elif not sure or (facts.secrets and harmless):
+        elif not sure:
             self.refuse(location, f"{column} could be a call of a function; write the column name alone")
 
     def indirection(self, node: pb.A_Indirection) -> None:
@@ -502,8 +520,8 @@ class _Checker:
 
     def join(self, node: pb.JoinExpr) -> None:
         """A join can name columns without saying so."""
-        if self.facts.secrets and (node.is_natural or node.alias.colnames):
-            self.refuse(self.place, "NATURAL JOIN and renamed columns are not allowed beside secret columns")
+        if self.facts.secrets and (node.is_natural or node.HasField("alias")):
+            self.refuse(self.place, "a NATURAL JOIN or a join with a name is not allowed beside secret columns")
         for column in strings(node.using_clause):
             if column in self.facts.hidden:
                 self.refuse(self.place, f"column {column} can hold secrets")

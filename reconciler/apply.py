@@ -158,12 +158,16 @@ def _again(desired: Desired, change: Change) -> Change:
     kind, item = kinds().get(change.kind), desired.items.get(change.address)
     if kind is None or item is None:
         raise PlanDamaged(f"The plan changes {change.address}, which it does not declare.")
-    before: Model | None = None if change.before is None else kind.load(change.before)
-    after: Model | None = None if change.after is None else kind.load(change.after)
-    hazards = kind.hazards(before, after, item.rules)
+    try:
+        before: Model | None = None if change.before is None else kind.load(change.before)
+        after: Model | None = None if change.after is None else kind.load(change.after)
+        hazards = kind.hazards(before, after, item.rules)
+        statements = kind.render(before, after, item.rules, change.context)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # Only an edited plan holds an object that its kind cannot have.
+        raise PlanDamaged(f"{change.address}: the plan's objects cannot be read: {type(error).__name__}.") from None
     if "overwrites_drift" in change.hazards:
         hazards.add("overwrites_drift")  # known to the ledger only; judged again when the plan is made again below
-    statements = kind.render(before, after, item.rules, change.context)
     return change.model_copy(update={"statements": statements, "hazards": tuple(sorted(hazards))})
 
 

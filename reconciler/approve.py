@@ -127,6 +127,8 @@ def verify(  # noqa: PLR0913 - the facts that a judgement needs, each once
             reasons.append(f"{who} is for other effects ({approval.effect_digest[:12]}, not {effect_digest[:12]})")
         elif moment >= approval.expires_at:
             reasons.append(f"{who} expired at {approval.expires_at}")
+        elif _lifetime(approval) > timedelta(milliseconds=milliseconds(policy.approval.expires)):
+            reasons.append(f"{who} is meant to hold longer than the installed policy's {policy.approval.expires}")
         elif moment < _earliest(approval):
             reasons.append(f"{who} was issued at {approval.issued_at}, which is in the future of the server's clock")
         elif unaccepted:
@@ -142,6 +144,10 @@ def verify(  # noqa: PLR0913 - the facts that a judgement needs, each once
             details=reasons,
             hint="Run `reconciler approve PLAN`, then apply again.",
         )
+
+
+def _lifetime(approval: Approval) -> timedelta:
+    return datetime.fromisoformat(approval.expires_at) - datetime.fromisoformat(approval.issued_at)
 
 
 def _earliest(approval: Approval) -> str:

@@ -396,13 +396,14 @@ def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
         findings=found.live.findings,
         verdicts=found.verdicts,
         not_compared=found.not_compared,
+        fail_on=fail_on,
         now=datetime.now(UTC),
     )
     if given["form"] == "json":
         _json(report)
     else:
         click.echo(text.drift(report, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
-    ctx.exit(drifting.exit_code(report, fail_on))
+    ctx.exit(drifting.exit_code(report))
 
 
 @cli.command()

@@ -32,6 +32,8 @@ INTEGERS: Mapping[str, tuple[int, int]] = {
     "oid": (0, 2**32 - 1),
 }
 
+FLOATS = ("real", "double precision")
+
 CALLS: Mapping[str, str] = {
     "clock_timestamp": "timestamp with time zone",
     "current_database": "name",
@@ -130,6 +132,9 @@ def _cast(node: pb.TypeCast, wanted: str) -> str:
             return _cast_constant(node.arg.a_const, target, wanted)
         case "a_array_expr" if target == wanted:
             return _array(node.arg.a_array_expr, wanted, target)
+        case "type_cast" if target == wanted and not _is_builtin(wanted):
+            # A cast to a domain is shown on top of the cast to its base type.
+            return _cast(node.arg.type_cast, wanted)
         case "func_call" | "sqlvalue_function":
             text, returned = _call(node.arg)
             return text if target == returned else f"({text})::{_in_expression(target)}"
@@ -143,6 +148,8 @@ def _cast_constant(constant: pb.A_Const, target: str, wanted: str) -> str:
         # NULL is NULL in every type, and of a domain PostgreSQL shows the base type.
         return _constant(constant, wanted)
     inner = _constant(constant, target)
+    if wanted in FLOATS and (target in INTEGERS or target == "numeric"):
+        return _number(Decimal(inner), wanted)
     exact = _fits(inner, target) and (_fits(inner, wanted) or wanted == "numeric")
     if target == wanted or exact or inner.startswith("'"):
         return inner
@@ -150,22 +157,21 @@ def _cast_constant(constant: pb.A_Const, target: str, wanted: str) -> str:
 
 
 def _array(array: pb.A_ArrayExpr, wanted: str, cast: str | None) -> str:
-    """ARRAY[...] of constants that are all of one kind. Without a cast PostgreSQL takes strings for text."""
+    """ARRAY[...] of constants. Without a cast PostgreSQL takes strings for text."""
     if not wanted.endswith("[]"):
         raise _NoOneText
     element = wanted.removesuffix("[]")
     if not array.elements:
         return f"'{{}}'::{_in_expression(wanted)}"
-    kinds: set[str] = set()
     texts: list[str] = []
     for node in array.elements:
         literal = node.type_cast.arg if node.HasField("type_cast") else node
         if not literal.HasField("a_const") or literal.a_const.isnull:
             raise _NoOneText
-        kinds.add(literal.a_const.WhichOneof("val") or "")
         untyped = node.HasField("a_const") and node.a_const.HasField("sval") and cast is None
         texts.append(_canonical(node, "text" if untyped else element))
-    if len(kinds) > 1:
+    if len({text.startswith("'") for text in texts}) > 1:
+        # PostgreSQL reads the strings as numbers then.
         raise _NoOneText
     return f"ARRAY[{', '.join(texts)}]"
 
@@ -205,7 +211,7 @@ def _constant(constant: pb.A_Const, wanted: str) -> str:
 
 def _number(value: Decimal, wanted: str) -> str:
     """A number without quotes, as short as the type it becomes allows."""
-    if wanted in ("real", "double precision"):
+    if wanted in FLOATS:
         value = Decimal(repr(float4(float(value)) if wanted == "real" else float(value)))
         value = value.quantize(Decimal(1)) if value == value.to_integral_value() and abs(value) < 10**15 else value
     text = format(value, "f")
@@ -238,7 +244,7 @@ def _string(value: str, wanted: str) -> str:
         return f"'{{}}'::{_in_expression(wanted)}"
     if not _is_builtin(wanted):
         return f"{_quoted(_word(value))}::{wanted}"
-    if wanted in INTEGERS or wanted in ("numeric", "real", "double precision"):
+    if wanted in INTEGERS or wanted in ("numeric", *FLOATS):
         return _number(_decimal(value), wanted)
     if wanted == "boolean":
         return _boolean(value)
@@ -335,15 +341,15 @@ def _write_json(part: Json) -> str:
 
 
 UNITS = {
-    **dict.fromkeys(("year", "years"), (12, 0, 0)),
-    **dict.fromkeys(("mon", "mons", "month", "months"), (1, 0, 0)),
-    **dict.fromkeys(("week", "weeks"), (0, 7, 0)),
-    **dict.fromkeys(("day", "days"), (0, 1, 0)),
-    **dict.fromkeys(("hour", "hours"), (0, 0, 3600)),
-    **dict.fromkeys(("min", "mins", "minute", "minutes"), (0, 0, 60)),
-    **dict.fromkeys(("sec", "secs", "second", "seconds"), (0, 0, 1)),
+    **dict.fromkeys("y yr yrs year years".split(), (12, 0, 0)),
+    **dict.fromkeys("mon mons month months".split(), (1, 0, 0)),
+    **dict.fromkeys("w week weeks".split(), (0, 7, 0)),
+    **dict.fromkeys("d day days".split(), (0, 1, 0)),
+    **dict.fromkeys("h hr hrs hour hours".split(), (0, 0, 3600)),
+    **dict.fromkeys("m min mins minute minutes".split(), (0, 0, 60)),
+    **dict.fromkeys("s sec secs second seconds".split(), (0, 0, 1)),
 }
-"""Months, days and seconds of the units of an interval that have only one meaning."""
+"""Months, days and seconds of the units of an interval (deltatktbl in datetime.c), without the rare ones."""
 
 
 def _interval(value: str) -> str:

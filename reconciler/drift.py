@@ -116,17 +116,19 @@ def report(  # noqa: PLR0913 - what the report consists of
     findings: Sequence[Finding],
     verdicts: Sequence[Verdict],
     not_compared: Sequence[NotCompared],
+    fail_on: Collection[str],
     now: datetime,
 ) -> DriftReport:
-    """The report, with the word of its exit code."""
+    """The report, with the word of its exit code. fail_on: codes of findings that count as drift."""
     blocked = blocking(verdicts, desired.policy)
+    failing = any(finding.code in fail_on for finding in findings)
     applied = None
     if entry is not None:
         release = entry.body["plan"]["state"]["release"]
         applied = {"entry": entry.number, "recorded_at": entry.recorded_at, "release": release, "hash": entry.hash}
     return DriftReport(
         format_version=FORMAT_VERSION,
-        outcome="violated" if blocked else "drift" if moved.drift else "no_changes",
+        outcome="violated" if blocked else "drift" if moved.drift or failing else "no_changes",
         tool=f"reconciler {__version__}",
         checked_at=stamp(now),
         target=target,
@@ -139,8 +141,6 @@ def report(  # noqa: PLR0913 - what the report consists of
     )
 
 
-def exit_code(found: DriftReport, fail_on: Collection[str]) -> int:
+def exit_code(found: DriftReport) -> int:
     """3 violated, 2 drift or a finding that was asked to fail, 0 otherwise: pending alone is 0 (DESIGN 8)."""
-    if found.outcome == "violated":
-        return 3
-    return 2 if found.drift or any(finding.code in fail_on for finding in found.findings) else 0
+    return {"violated": 3, "drift": 2}.get(found.outcome, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import rfc8785
@@ -82,6 +83,19 @@ def _duration(text: str) -> str:
 
 Duration: TypeAlias = Annotated[str, AfterValidator(_duration)]
 """A duration as written in a file."""
+
+MOMENT = "%Y-%m-%dT%H:%M:%SZ"
+"""RFC 3339 in UTC, to the second; moments in this form are compared as text."""
+
+
+def _moment(text: str) -> str:
+    if datetime.strptime(text, MOMENT).strftime(MOMENT) != text:  # noqa: DTZ007 - Z stands in the form
+        raise ValueError(f"{text!r} is no moment such as 2026-05-22T12:00:00Z")
+    return text
+
+
+Moment: TypeAlias = Annotated[str, AfterValidator(_moment)]
+"""When something was made or ends."""
 
 
 # ---------------------------------------------------------------------------------------------------- what is declared
@@ -380,8 +394,8 @@ class Plan(Model):
     format_version: str = FORMAT_VERSION
     outcome: str
     tool: str
-    created_at: str
-    expires_at: str
+    created_at: Moment
+    expires_at: Moment
     state: StateInfo
     target: Target
     setup: tuple[Change, ...]
@@ -429,8 +443,8 @@ class Approval(Model):
     reason: str
     accepted: tuple[str, ...]
     attestations: tuple[str, ...] = ()
-    issued_at: str
-    expires_at: str
+    issued_at: Moment
+    expires_at: Moment
     signature: str | None = None
 
 

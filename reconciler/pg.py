@@ -61,7 +61,7 @@ def connect(dsn: str | None, command: str) -> Connection:
         )
     except psycopg.ProgrammingError as error:
         raise ServerProblem(
-            f"The connection string cannot be read: {_first_line(error)}",
+            f"The connection string cannot be read: {_without_values(_first_line(error))}",
             hint="Write it as postgresql://user@host:port/database or as key=value pairs.",
         ) from None
     except psycopg.Error as error:
@@ -73,6 +73,11 @@ def connect(dsn: str | None, command: str) -> Connection:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _without_values(message: str) -> str:
+    """The message without what it quotes: a piece of a password, or of a row that the planner may read."""
+    return re.sub(r'"[^"]*"', '"…"', message)
 
 
 def _connection_message(error: psycopg.Error) -> str:
@@ -142,9 +147,13 @@ def translated(error: psycopg.Error, doing: str = "") -> ReconcilerError:
     """
     state = error.sqlstate or "no SQLSTATE"
     primary = error.diag.message_primary or _first_line(error)
+    if state.startswith("22"):
+        # A data exception quotes the value: casting a secret to a number would print it in a pull request.
+        primary = _without_values(primary)
     prefix = f"{doing}: " if doing else ""
     message = f"{prefix}{primary} (SQLSTATE {state})"
-    details = [line for line in (error.diag.message_detail, error.diag.context) if line]
+    told = () if state.startswith("22") else (error.diag.message_detail, error.diag.context)
+    details = [line for line in told if line]
     if state == "42501":
         return MissingPrivilege(message, hint="Grant the role what is missing, or run as a role that has it.")
     if state in {"55P03", "40P01", "40001"}:

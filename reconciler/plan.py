@@ -19,6 +19,7 @@ from reconciler.kinds import kinds
 from reconciler.model import (
     DIGEST_ENCODING,
     FORMAT_VERSION,
+    MOMENT,
     Change,
     Check,
     Declared,
@@ -125,7 +126,7 @@ def summarize(found: Sequence[Change], drift: int, findings: int) -> Summary:
 
 def stamp(moment: datetime) -> str:
     """RFC 3339 in UTC, to the second."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return moment.astimezone(UTC).strftime(MOMENT)
 
 
 # ------------------------------------------------------------------------------------------------------------- digests
@@ -265,7 +266,7 @@ def read(path: Path, what: str) -> dict[str, Json]:
     checksum = found.pop("checksum", None)
     try:
         intact = checksum is not None and serialize(found) == data
-    except ValueError:
+    except (ValueError, RecursionError):
         intact = False
     if not intact:
         raise PlanDamaged(
@@ -279,8 +280,10 @@ def load(path: Path) -> tuple[Plan, str]:
     """A saved plan and its checksum. Raises UsageError, PlanDamaged."""
     document = read(path, "plan")
     try:
-        return Plan.model_validate_json(canonical(document)), digest(document)
+        plan = Plan.model_validate_json(canonical(document))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise PlanDamaged(f"{path} is no plan: {place}: {first['msg']}.") from None
+    load_desired(plan.desired)
+    return plan, digest(document)

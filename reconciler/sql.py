@@ -316,7 +316,7 @@ class _RoutineReader:
         found: dict[str, str] = {}
         for option in self.settings:
             statement = option.arg.variable_set_stmt
-            name = SETTING_NAMES.get(statement.name.lower(), statement.name)
+            name = _setting_name(statement.name)
             match statement.kind:
                 case pb.VAR_SET_VALUE:
                     found[name] = self.setting(statement, option.location)
@@ -369,6 +369,13 @@ class _RoutineReader:
         return (name if language == "internal" and not parts[0] else parts[0]), None
 
 
+def _setting_name(written: str) -> str:
+    """The name as guc.c has it: what has no dot is a setting of the server, whose names differ by case in three."""
+    if "." in written:
+        return written
+    return SETTING_NAMES.get(written.lower(), written.lower())
+
+
 def _same_argument(arg: Arg, earlier: Arg) -> bool:
     """Whether two arguments clash: an input and an output of one name do not, they live in different lists."""
     if arg.name != earlier.name:
@@ -379,7 +386,10 @@ def _same_argument(arg: Arg, earlier: Arg) -> bool:
 
 
 def identity(schema: str, name: str, args: Sequence[Arg]) -> str:
-    """`public.fn(text, integer)`: as oid::regprocedure prints it with empty search_path, from input arguments only."""
+    """`public.fn(text, integer)`: oid::regprocedure with empty search_path, and a space after each comma.
+
+    Only input arguments (pg_proc.proargtypes) are part of it, for procedures too.
+    """
     types = ", ".join(arg.type for arg in args if arg.mode in INPUT_MODES)
     return f"{quote_ident(schema)}.{quote_ident(name)}({types})"
 

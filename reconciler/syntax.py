@@ -48,6 +48,7 @@ SQL_NAMES = {
     "int4": "integer",
     "int8": "bigint",
     "interval": "interval",
+    "json": "json",
     "numeric": "numeric",
     "time": "time without time zone",
     "timestamp": "timestamp without time zone",
@@ -56,7 +57,7 @@ SQL_NAMES = {
     "varbit": "bit varying",
     "varchar": "character varying",
 }
-"""The names that format_type() prints for types that the SQL standard names; every other name stays as it is."""
+"""The names that format_type() prints for types that the SQL standard names; every other one is quoted if need be."""
 
 
 class Trouble(NamedTuple):

@@ -171,9 +171,8 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             elif row["in_scope"] and not row["extension"]:
                 message = f"{row['prokind_word']} {spec.identity} is in scope but no file declares it"
                 findings.append(Finding(code="undeclared", address=address, message=message))
-        missing = [item for name, item in declared.items() if f"{self.name}.{name}" not in items]
         roles = _roles(conn, specs)
-        leaks = _default_grants(conn) if missing else []
+        leaks = _default_grants(conn)
         for item in declared.values():
             spec = item.spec
             if not isinstance(spec, FunctionSpec):
@@ -182,14 +181,7 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             fact: dict[str, Json] = dict(facts.get(item.address, {}))
             if absent := sorted(named - roles):
                 fact["missing_roles"] = absent
-            if item.address not in items:
-                fact["default_grantees"] = sorted(
-                    {
-                        leak["grantee"]
-                        for leak in leaks
-                        if leak["owner"] == spec.owner and leak["schema"] in {None, spec.schema_name}
-                    }
-                )
+            fact |= _defaults_of(spec, leaks)
             facts[item.address] = fact
             if isinstance(item.rules, FunctionRules) and item.rules.gates:
                 message = f"no proof exercises its gates {', '.join(item.rules.gates)}"
@@ -205,9 +197,9 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         if absent := facts.get("missing_roles"):
             raise Blocked(f"role {', '.join(absent)} does not exist in this cluster")
         if live is None:
-            return Wanted(spec, {"default_grantees": facts.get("default_grantees", [])})
+            return Wanted(spec, _created_with(facts))
         if _needs_replacement(live, spec):
-            return Wanted(spec, {"default_grantees": []}, replace=True)
+            return Wanted(spec, _created_with(facts), replace=True)
         return Wanted(spec)
 
     def render(
@@ -220,18 +212,17 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         statements: list[Statement] = []
         if before is None or _needs_replacement(before, after):
             if before is not None:
-                statements.append(complete(sql.SQL("DROP ROUTINE {}").format(name), before.owner))
+                if before.owner != after.owner:
+                    statements.append(complete(_owned_by(name, after.owner)))
+                statements.append(complete(sql.SQL("DROP ROUTINE {}").format(name), after.owner))
             statements.append(complete(_create(after, replace=False), after.owner))
-            leaked: list[str | None] = [None, *((context or {}).get("default_grantees") or [])]
-            acl = {Grant(grantee=grantee, grantor=after.owner) for grantee in (*leaked, after.owner)}
+            acl = _initial_acl(after.owner, context or {})
             comment = None
         else:
             acl = set(before.acl)
             comment = before.comment
             if before.owner != after.owner:
-                # As the apply role: the old owner need not be a member of the new one.
-                change_owner = sql.SQL("ALTER ROUTINE {} OWNER TO {}").format(name, sql.Identifier(after.owner))
-                statements.append(complete(change_owner))
+                statements.append(complete(_owned_by(name, after.owner)))
                 # ALTER OWNER puts the new owner in the place of the old one, as grantee and as grantor.
                 acl = {_reowned(grant, before.owner, after.owner) for grant in acl}
             if _routine(before) != _routine(after):
@@ -291,7 +282,10 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             )
         name = raw(before.identity)
         doing = f"locking {change.address}"
-        pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(before.owner)), doing)
+        # As its owner only if need be: an owner by hand may not even see the schema.
+        inherits = "SELECT pg_catalog.pg_has_role(%s::pg_catalog.name, 'USAGE') AS may"
+        if not pg.rows(conn, inherits, (before.owner,), doing)[0]["may"]:
+            pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(before.owner)), doing)
         no_depends = sql.SQL("ALTER ROUTINE {} NO DEPENDS ON EXTENSION {}")
         pg.run(conn, no_depends.format(name, sql.Identifier(extension[0]["name"])), doing)
         pg.run(conn, sql.SQL("ALTER ROUTINE {} RESET ssl_renegotiation_limit").format(name), doing)
@@ -434,6 +428,21 @@ def _quoted(body: str) -> sql.Composable:
     return raw(f"{tag}{body}{tag}")
 
 
+def _owned_by(name: sql.SQL, owner: str) -> sql.Composed:
+    """Runs as the apply role: the old owner need not be a member of the new one, nor be able to see the schema."""
+    return sql.SQL("ALTER ROUTINE {} OWNER TO {}").format(name, sql.Identifier(owner))
+
+
+def _initial_acl(owner: str, context: JsonObject) -> set[Grant]:
+    """The grants of a new function: PUBLIC and its owner, and what ALTER DEFAULT PRIVILEGES adds or takes away.
+
+    Whom it adds is taken to have the grant option: revoking one that is not there does nothing.
+    """
+    grantees: set[str | None] = {None} if context.get("default_owner_lacks") else {None, owner}
+    plain = {Grant(grantee=grantee, grantor=owner) for grantee in grantees}
+    return plain | {Grant(grantee=name, grantor=owner, grantable=True) for name in context["default_grantees"]}
+
+
 def _reowned(grant: Grant, old: str, new: str) -> Grant:
     return Grant(
         grantee=new if grant.grantee == old else grant.grantee,
@@ -443,14 +452,13 @@ def _reowned(grant: Grant, old: str, new: str) -> Grant:
 
 
 def _grants(have: set[Grant], want: set[Grant], name: sql.SQL, owner: str) -> list[Statement]:
-    """REVOKE what is too much, then GRANT what is missing; each by its grantor, grants made by others first."""
+    """REVOKE what is too much, each by its grantor and after all that hangs on it; then GRANT what is missing."""
 
     def grantee(grant: Grant) -> sql.Composable:
         return sql.SQL("PUBLIC") if grant.grantee is None else sql.Identifier(grant.grantee)
 
     statements: list[Statement] = []
-    surplus = _sorted(have - want)
-    for grant in sorted(surplus, key=lambda grant: grant.grantor == owner):
+    for grant in _from_the_ends(have - want):
         kept = any((other.grantee, other.grantor) == (grant.grantee, grant.grantor) for other in want)
         option = sql.SQL("GRANT OPTION FOR " if kept and grant.grantable else "")
         revoke = sql.SQL("REVOKE {}EXECUTE ON ROUTINE {} FROM {}").format(option, name, grantee(grant))
@@ -460,6 +468,17 @@ def _grants(have: set[Grant], want: set[Grant], name: sql.SQL, owner: str) -> li
             continue  # it had the grant option; taking that away left the plain grant
         statements.append(complete(sql.SQL("GRANT EXECUTE ON ROUTINE {} TO {}").format(name, grantee(grant)), owner))
     return statements
+
+
+def _from_the_ends(grants: set[Grant]) -> list[Grant]:
+    """In an order in which they can be revoked: who passed a grant on loses it after those who got it from there."""
+    left, ordered = list(_sorted(grants)), list[Grant]()
+    while left:
+        givers = {grant.grantor for grant in left if grant.grantor != grant.grantee}
+        ends = [grant for grant in left if grant.grantee not in givers or grant.grantee == grant.grantor] or left
+        ordered += ends
+        left = [grant for grant in left if grant not in ends]
+    return ordered
 
 
 def _spec(row: Mapping[str, Any]) -> FunctionSpec:
@@ -518,21 +537,40 @@ def _roles(conn: pg.Connection, specs: Sequence[FunctionSpec]) -> set[str]:
 
 
 def _default_grants(conn: pg.Connection) -> list[dict[str, Any]]:
-    """Who else gets EXECUTE on a new function, by ALTER DEFAULT PRIVILEGES: (owner, schema or None, grantee)."""
+    """Who gets EXECUTE on a new function by ALTER DEFAULT PRIVILEGES: (owner, schema or None, grantee, grantable).
+
+    Without a schema the grants stand in the place of PostgreSQL's own, in a schema they are added. `grantee` is None for
+    PUBLIC, and for a row that grants nothing to anybody.
+    """
     return pg.rows(
         conn,
         """
         SELECT o.rolname::pg_catalog.text AS owner, n.nspname::pg_catalog.text AS schema,
-               g.rolname::pg_catalog.text AS grantee
+               g.rolname::pg_catalog.text AS grantee, a.is_grantable AS grantable
           FROM pg_catalog.pg_default_acl d
           JOIN pg_catalog.pg_roles o ON o.oid = d.defaclrole
           LEFT JOIN pg_catalog.pg_namespace n ON n.oid = d.defaclnamespace
-         CROSS JOIN LATERAL pg_catalog.aclexplode(d.defaclacl) a
-          JOIN pg_catalog.pg_roles g ON g.oid = a.grantee
-         WHERE d.defaclobjtype = 'f' AND a.grantee <> d.defaclrole
+          LEFT JOIN LATERAL pg_catalog.aclexplode(d.defaclacl) a ON true
+          LEFT JOIN pg_catalog.pg_roles g ON g.oid = a.grantee
+         WHERE d.defaclobjtype = 'f'
         """,
         doing="reading default privileges",
     )
+
+
+def _defaults_of(spec: FunctionSpec, found: Sequence[Mapping[str, Any]]) -> dict[str, Json]:
+    """How the grants of this function, were it new, would differ from PostgreSQL's own: `_initial_acl` reads this."""
+    rows = [row for row in found if row["owner"] == spec.owner and row["schema"] in {None, spec.schema_name}]
+    names = {row["grantee"] for row in rows if row["grantee"] and (row["grantee"] != spec.owner or row["grantable"])}
+    replaced = any(row["schema"] is None for row in rows)
+    lacks = replaced and all(row["grantee"] != spec.owner for row in rows)
+    return {"default_grantees": sorted(names), **({"default_owner_lacks": True} if lacks else {})}
+
+
+def _created_with(facts: Mapping[str, Json]) -> dict[str, Json]:
+    """What else the statements of a new function are derived from."""
+    context = {key: facts[key] for key in ("default_grantees", "default_owner_lacks") if key in facts}
+    return {"default_grantees": [], **context}
 
 
 _QUERY = """

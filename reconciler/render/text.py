@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class _Page:
 
     def line(self, *texts: str, symbol: str = "") -> None:
         for text in texts:
-            shown = printable(text)
+            shown = printable(text).replace("\n", "\\n")  # a name with a line end in it must not look like a line of ours
             if self._colour and symbol:
                 shown = f"\x1b[{COLOURS[symbol]}m{shown}\x1b[0m"
             self._lines.append(shown)
@@ -168,10 +169,11 @@ class _Page:
 
 
 def printable(text: str) -> str:
-    """The text with every control character (escape sequences, bidirectional overrides) written out."""
+    """The text with every character that moves, hides or reorders text (all but tab and line feed) written out."""
     return re.sub(
-        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]",
-        lambda match: f"\\u{ord(match[0]):04x}",
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
+        "\U000e0000-\U000e0fff]",
+        lambda match: f"\\u{ord(match[0]):04x}" if ord(match[0]) < 0x10000 else f"\\U{ord(match[0]):08x}",
         text,
     )
 
@@ -262,5 +264,8 @@ def _not_compared(page: _Page, found: Sequence[NotCompared], *, verbose: bool) -
         for entry in found:
             page.line(f"    {entry.object_class} in {entry.where}: {entry.count}")
     else:
-        classes = ", ".join(sorted({f"{entry.object_class} ({entry.count})" for entry in found}))
+        counts: Counter[str] = Counter()
+        for entry in found:
+            counts[entry.object_class] += entry.count
+        classes = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
         page.line("", f"Not compared by this version: {classes}.")

@@ -55,12 +55,15 @@ CREATE TABLE app.heartbeat (
 );
 CREATE TABLE app.cursor (worker text PRIMARY KEY, ran timestamptz NOT NULL);
 CREATE TABLE app.job (id bigint PRIMARY KEY, actor text NOT NULL);
-INSERT INTO app.settings (name, value) VALUES ('shop.limit', '10'), ('shop.open', 'false'), ('other', 'x');
 INSERT INTO app.cursor VALUES ('courier', '2026-05-22 11:31:41.928657+00');
 ALTER TABLE app.settings OWNER TO {owner};
 ALTER TABLE app.heartbeat OWNER TO {owner};
 ALTER TABLE app.cursor OWNER TO {owner};
 ALTER TABLE app.job OWNER TO {owner};
+"""
+
+BEFORE = """
+INSERT INTO app.settings (name, value) VALUES ('shop.limit', '10'), ('shop.open', 'false'), ('other', 'x');
 CREATE FUNCTION app.fn_total() RETURNS bigint LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, app, pg_temp
 AS $function$SELECT 0::bigint$function$;
@@ -272,6 +275,7 @@ def empty(db: Database, root: Path, apply: Mapping[str, Any] | None = None) -> G
 def shop(db: Database, root: Path, apply: Mapping[str, Any] | None = None) -> Governed:
     """The governed system with work for an apply: 4 to add, 2 to change; one invariant."""
     system = empty(db, root, apply)
+    system.sql(BEFORE)
     system.function("app.fn_greet(text, integer)", GREET)
     system.function("app.fn_total()", TOTAL, execute=[], comment="Counts the settings.")
     system.state |= {

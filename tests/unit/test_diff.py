@@ -61,7 +61,7 @@ def test_a_value_that_changes_its_type_differs() -> None:
     assert seen({"e": 1}, {"e": True}) == [("e", 1, True)]
     assert seen({"e": [1]}, {"e": "1"}) == [("e", [1], "1")]
     assert seen({"e": None}, {"e": []}) == [("e", None, [])]
-    assert [name for name, _, _ in seen({"e": [1]}, {"e": [True]})] == ["e[0]"]
+    assert [name for name, _, _ in seen({"e": [1]}, {"e": [True]})] == ["e"]
 
 
 @given(st.dictionaries(st.text("abc", max_size=2), VALUES, max_size=3), st.dictionaries(st.text("abc", max_size=2), VALUES))
