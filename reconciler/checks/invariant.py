@@ -12,7 +12,7 @@ from reconciler import pg
 from reconciler.allowlist import check_query
 from reconciler.checks import CheckKind
 from reconciler.model import Check, Declared, GateStore, Json, Model, Verdict, canonical
-from reconciler.parts import QUERY_TIMEOUT_MS, Complaint, Context, identifier, raw, single_value
+from reconciler.parts import QUERY_TIMEOUT_MS, Complaint, Context, identifier, raw, relation, single_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -274,10 +274,10 @@ def _obstacle(conn: pg.Connection, spec: QueryInvariant, allow_functions: Sequen
     report = check_query(spec.query, allow_functions)
     if report.troubles:
         return "allow_functions", f"the installed policy does not allow it: {report.troubles[0].message}"
-    for relation in report.relations:
-        role = HIDING.get(relation)
+    for name in report.relations:
+        role = HIDING.get(name)
         if role is not None and not _may(conn, role):
-            return role, f"{relation} hides rows or columns from this role; GRANT {role} to it"
+            return role, f"{name} hides rows or columns from this role; GRANT {role} to it"
     return _unreadable(conn, report.relations)
 
 
@@ -286,7 +286,7 @@ def _unreadable(conn: pg.Connection, relations: Sequence[str]) -> tuple[str, str
 
     Asked before, because an error inside the snapshot would end it.
     """
-    for relation in relations:
+    for name in relations:
         found = pg.rows(
             conn,
             """
@@ -297,24 +297,19 @@ def _unreadable(conn: pg.Connection, relations: Sequence[str]) -> tuple[str, str
               FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
              WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
             """,
-            _names(relation),
+            relation(name),
         )
         if not found:
-            return f"relation {relation}", f"there is no relation {relation}"
+            return f"relation {name}", f"there is no relation {name}"
         row = found[0]
         if not row["usage"]:
-            missing = f"USAGE on the schema of {relation}"
+            missing = f"USAGE on the schema of {name}"
             return missing, f"role {row['role']} lacks {missing}"
         if not row["may_read"]:
-            return f"SELECT on {relation}", f"role {row['role']} lacks SELECT on {relation}"
+            return f"SELECT on {name}", f"role {row['role']} lacks SELECT on {name}"
         if row["hides"]:
-            return f"BYPASSRLS for {relation}", f"row security hides rows of {relation} from role {row['role']}"
+            return f"BYPASSRLS for {name}", f"row security hides rows of {name} from role {row['role']}"
     return None
-
-
-def _names(relation: str) -> tuple[str, str]:
-    schema, _, name = relation.partition(".")
-    return schema, name
 
 
 CHECK = Invariant()
