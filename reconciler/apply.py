@@ -25,7 +25,7 @@ from reconciler.errors import (
     Stale,
     UsageError,
 )
-from reconciler.kinds import kinds
+from reconciler.kinds import Kind, kinds
 from reconciler.model import (
     Approval,
     Change,
@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 
 TAKEN = frozenset({"23505", "42710", "42723", "42P06", "42P07"})
 """What PostgreSQL says when something is there already: a key, an object, a function, a schema, a table."""
+
+
+GONE = frozenset({"3F000", "42704", "42883", "42P01"})
+"""What PostgreSQL says when something is not there: a schema, an object, a function, a table."""
 
 
 class Progress(Protocol):
@@ -356,8 +360,22 @@ def _lock(conn: pg.Connection, run: _Run) -> str:
             _in_time(run)
             kind = kinds()[change.kind]
             before = None if change.before is None else kind.load(change.before)
-            kind.lock(conn, change, before, run.desired.items[change.address].rules)
+            _hold(conn, kind, change, before, run.desired.items[change.address].rules)
     return xid
+
+
+def _hold(conn: pg.Connection, kind: Kind[Any, Any, Any], change: Change, before: Model | None, rules: Model) -> None:
+    """Lock one object. What is not there any more makes the plan stale."""
+    try:
+        kind.lock(conn, change, before, rules)
+    except ServerProblem as error:
+        if getattr(error.__cause__, "sqlstate", None) in GONE:
+            raise Stale(
+                f"The plan is stale: {change.address} is no longer there.",
+                details=[error.message],
+                hint="Nothing was changed. Plan again, read it, approve it.",
+            ) from error
+        raise
 
 
 def lock_key(name: str) -> int:

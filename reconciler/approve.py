@@ -56,6 +56,8 @@ def approve(  # noqa: PLR0913 - what a person states, each once
         )
     if not approver.strip() or not reason.strip():
         raise UsageError("An approval needs a name and a reason.", hint='Add --as NAME and --reason "...".')
+    if approver != approver.strip():
+        raise UsageError(f"{approver!r} is no name: it has spaces at its ends.")  # two spellings would count twice
     longest = milliseconds(policy.approval.expires)
     try:
         lifetime = milliseconds(expires) if expires is not None else longest

@@ -100,11 +100,22 @@ def last(conn: pg.Connection, name: str) -> Last:
         """
         SELECT (SELECT hash FROM reconciler.entry WHERE name = %(name)s AND number = 1) AS genesis,
                (SELECT pg_catalog.array_agg(DISTINCT a.id::pg_catalog.text)
-                  FROM reconciler.entry e CROSS JOIN LATERAL pg_catalog.unnest(e.approval_ids) AS a (id)) AS used
+                  FROM reconciler.entry e CROSS JOIN LATERAL pg_catalog.unnest(e.approval_ids) AS a (id)) AS used,
+               (SELECT min(e.number) FROM reconciler.entry e
+                 WHERE e.name = %(name)s
+                   AND e.previous IS DISTINCT FROM
+                       CASE e.number WHEN 1 THEN pg_catalog.repeat('0', 64)
+                            ELSE (SELECT p.hash FROM reconciler.entry p
+                                   WHERE p.name = e.name AND p.number = e.number - 1) END) AS broken
         """,
         {"name": name},
         doing="reading the ledger",
     )[0]
+    if chain["broken"] is not None:
+        raise Refused(
+            f"Ledger entry {chain['broken']} of {name} does not follow the one before it: somebody went around the ledger.",
+            hint="Find out who changed reconciler.entry before anything is applied.",
+        )
     return Last(
         exists=True,
         role=row["role"],
@@ -137,7 +148,16 @@ def chained(previous: str, body: str) -> str:
 
 
 def check_named(desired: Desired, found: Last) -> None:
-    """Files that name a ledger which is missing or another one are refused, never taken for a first apply."""
+    """Files that name a ledger which is missing or another one are refused, never taken for a first apply.
+
+    So is another target than the ledger's: a physical clone differs from its original in nothing but this name.
+    """
+    applied = found.entry.body["target"]["name"] if found.entry else desired.target
+    if applied != desired.target:
+        raise Refused(
+            f"This is target {desired.target}, but the ledger of {desired.name} here is that of target {applied}.",
+            hint="Check --target and --dsn.",
+        )
     if desired.ledger is None or not found.readable or desired.ledger == found.genesis:
         return
     what = f"begins with {found.genesis}" if found.genesis else "does not exist"

@@ -28,6 +28,8 @@ NEWEST_TESTED_MAJOR = 18
 SESSION: tuple[LiteralString, ...] = (
     "SET LOCAL search_path = ''",
     "SET LOCAL row_security = off",
+    # The verdict on a declared query was made for strings read this way.
+    "SET LOCAL standard_conforming_strings = on",
     "SET LOCAL timezone = 'UTC'",
     "SET LOCAL datestyle = 'ISO, YMD'",
     "SET LOCAL intervalstyle = 'postgres'",
@@ -58,6 +60,7 @@ def connect(dsn: str | None, command: str) -> Connection:
             prepare_threshold=None,
             row_factory=dict_row,
             application_name=f"reconciler {command}",
+            client_encoding="UTF8",
             connect_timeout=10,
             keepalives=1,
             keepalives_idle=10,

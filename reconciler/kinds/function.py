@@ -120,7 +120,7 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         if canonical is not None and found != canonical:
             problems.append(Complaint((), f"{path} creates {found}, not {canonical}"))
         checked = True
-        if routine.language == "plpgsql":
+        if routine.language in {"plpgsql", "sql"}:
             troubles, checked = check_body(text)
             problems += [Problem(path, trouble.line, trouble.column, trouble.message) for trouble in troubles]
         problems += _rules(declaration, routine, context)

@@ -175,11 +175,11 @@ def test_everything_that_is_refused_is_named_at_once() -> None:
         ("0", {}, None),
         ("0", {"from_": ["0", "2"]}, None),
         ("3", {"from_": ["0", "2"]}, "`from` allows only '0', '2'"),
-        (None, {"from_": ["0"]}, "the live value is None; `from` allows only '0'"),
+        (None, {"from_": ["0"]}, "the live value is NULL; `from` allows only '0'"),
         ("0", {"order": ["0", "1", "2"]}, None),
         ("2", {"order": ["0", "1", "2"]}, "'2' would move back to '1'"),
         ("x", {"order": ["0", "1", "2"]}, "the live value 'x' is not in `order`"),
-        (None, {"order": ["0", "1", "2"]}, "the live value None is not in `order`"),
+        (None, {"order": ["0", "1", "2"]}, "the live value NULL is not in `order`"),
         ("0", {"order": ["0", "1"], "from_": ["9"]}, "`from` allows only '9'"),
     ],
 )

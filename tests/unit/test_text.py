@@ -162,7 +162,7 @@ def test_hazards_are_shown_at_the_change_and_together() -> None:
         ("a", "b", "f: 'a' -> 'b'"),
         (None, "b", "f: nothing -> 'b'"),
         (True, False, "f: True -> False"),
-        (1.0, 2.5, "f: 1.0 -> 2.5"),
+        (1.0, 2.5, "f: 1 -> 2.5"),
         ("it's", 'a"b', "f: \"it's\" -> 'a\"b'"),
         ("x" * 200, "y", f"f: '{'x' * 119}… (202 characters) -> 'y'"),
     ],
@@ -319,7 +319,7 @@ def test_characters_that_move_or_hide_text_are_written_out(hostile: str) -> None
     assert shown.endswith("b")
 
 
-@given(st.text(st.characters(categories=["L", "N", "P", "S", "Zs", "Mn"]) | st.sampled_from("\n\t"), max_size=20))
+@given(st.text(st.characters(categories=["L", "N", "P", "S", "Zs", "Mn"], max_codepoint=0xDFFFF) | st.sampled_from("\n\t"), max_size=20))
 def test_ordinary_text_stays_as_it_is(ordinary: str) -> None:
     assert text.printable(ordinary) == ordinary
 
