@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 import uuid
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from reconciler.errors import NotApproved, PlanDamaged, UsageError, Violated
 from reconciler.model import Approval, Plan, Policy, Verdict, canonical, milliseconds
 from reconciler.plan import read, stamp
+from reconciler.trust import check_plan
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -31,10 +33,11 @@ def approve(  # noqa: PLR0913 - what a person states, each once
     """A person's yes to the plan's effects.
 
     accepted: the hazards, each by name. expires: a duration such as `24h`; None takes the policy's, the longest.
-    Raises Violated for a plan that could not be applied, NotApproved with what is missing, UsageError.
+    Raises PlanDamaged for a plan that is not what its digest says, Violated for one that could not be applied,
+    NotApproved with what is missing, UsageError.
     """
+    policy = check_plan(plan).policy
     refuse_blocked(plan)
-    policy = Policy.model_validate_json(canonical(plan.desired["policy"]))
     if not plan.has_changes:
         raise UsageError("The plan changes nothing; there is nothing to approve.")
     if policy.approval.signed:
@@ -54,10 +57,7 @@ def approve(  # noqa: PLR0913 - what a person states, each once
             details=[f"{hazard}: {', '.join(plan.addresses_with(hazard))}" for hazard in missing],
             hint="Read them, then repeat with " + " ".join(f"--accept {hazard}" for hazard in missing) + ".",
         )
-    if not approver.strip() or not reason.strip():
-        raise UsageError("An approval needs a name and a reason.", hint='Add --as NAME and --reason "...".')
-    if approver != approver.strip():
-        raise UsageError(f"{approver!r} is no name: it has spaces at its ends.")  # two spellings would count twice
+    _check_words(approver, reason)
     longest = milliseconds(policy.approval.expires)
     try:
         lifetime = milliseconds(expires) if expires is not None else longest
@@ -76,6 +76,16 @@ def approve(  # noqa: PLR0913 - what a person states, each once
         issued_at=stamp(now),
         expires_at=stamp(now + timedelta(milliseconds=lifetime)),
     )
+
+
+def _check_words(approver: str, reason: str) -> None:
+    if not approver.strip() or not reason.strip():
+        raise UsageError("An approval needs a name and a reason.", hint='Add --as NAME and --reason "...".')
+    for option, words in (("--as", approver), ("--reason", reason)):
+        try:
+            words.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{option} is not UTF-8.", hint="Check the locale of the terminal.") from None
 
 
 def refuse_blocked(plan: Plan) -> None:
@@ -111,14 +121,14 @@ def verify(  # noqa: PLR0913 - the facts that a judgement needs, each once
     policy: Policy,
     used: Collection[str],
     now: datetime,
-) -> None:
-    """Do these approvals cover these effects, under the installed policy, at the server's time?
+) -> list[Approval]:
+    """The approvals that cover these effects, under the installed policy, at the server's time.
 
     effect_digest and hazards: as derived again, never as the plan file says. used: approval ids that the ledger knows.
-    Raises NotApproved with every reason.
+    Raises NotApproved with every reason when they are too few. One principal counts once, however it is spelt.
     """
     reasons: list[str] = []
-    valid: set[str] = set()
+    valid: dict[str, Approval] = {}
     moment = stamp(now)
     for approval in approvals:
         who = f"the approval of {approval.approver}"
@@ -138,7 +148,7 @@ def verify(  # noqa: PLR0913 - the facts that a judgement needs, each once
         elif policy.approval.signed:
             reasons.append(f"{who} is not signed, and the installed policy asks for signatures")
         else:
-            valid.add(approval.approver)
+            valid.setdefault(_principal(approval), approval)
     if len(valid) < policy.approval.required:
         reasons.append(f"{len(valid)} of {policy.approval.required} approvals")
         raise NotApproved(
@@ -146,6 +156,12 @@ def verify(  # noqa: PLR0913 - the facts that a judgement needs, each once
             details=reasons,
             hint="Run `reconciler approve PLAN`, then apply again.",
         )
+    return list(valid.values())
+
+
+def _principal(approval: Approval) -> str:
+    """The name without what the eye does not tell apart: case, width, accents composed or not, spaces."""
+    return "".join(unicodedata.normalize("NFKC", approval.approver).casefold().split())
 
 
 def _lifetime(approval: Approval) -> timedelta:

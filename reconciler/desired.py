@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from pydantic import Field
@@ -28,7 +28,7 @@ from reconciler.model import (
     Policy,
     Scope,
 )
-from reconciler.parts import Complaint, Context, relation
+from reconciler.parts import Complaint, Context, own_relation
 from reconciler.yamltext import Document, parse, read_text, validate
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def _governance(entries: Mapping[str, _Entry], directory: Path) -> tuple[Governa
 
 def _qualified(entry: _Entry, path: tuple[str | int, ...], text: str) -> list[Problem]:
     try:
-        relation(text)
+        own_relation(text)
     except ValueError as error:
         return [entry.problem(str(error), path, value=True)]
     return []
@@ -384,7 +384,7 @@ def _items(
             if declaration is None:
                 continue
             problems += _gates_exist(entry, getattr(declaration, "gates", ()), sections.get("gates", {}))
-            spec, rules, complaints = kind.declare(name, declaration, context)
+            spec, rules, complaints = kind.declare(name, declaration, replace(context, items=items))
             problems += _placed(entry, complaints)
             if spec is not None and rules is not None:
                 item = Declared(kind.name, name, spec, rules, entry.place)

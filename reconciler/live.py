@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-def read(conn: pg.Connection, desired: Desired) -> Live:
-    """Every declared object as it is, with facts and findings. The caller's transaction decides what is seen."""
+def read(conn: pg.Connection, desired: Desired, allow_functions: Sequence[str]) -> Live:
+    """Every declared object as it is, with facts and findings. The caller's transaction decides what is seen.
+
+    allow_functions: the installed policy's, for queries that declarations hold.
+    """
     items: dict[str, Model] = {}
     facts: dict[str, Mapping[str, Json]] = {}
     findings: list[Finding] = []
     for kind in kinds().values():
         wanted = [item for item in desired.items.values() if item.kind == kind.name]
-        reading = kind.read(conn, wanted, desired.scope, desired.stores)
+        reading = kind.read(conn, wanted, desired, allow_functions)
         items.update(reading.items)
         facts.update(reading.facts)
         findings += reading.findings
@@ -34,6 +37,9 @@ def read(conn: pg.Connection, desired: Desired) -> Live:
 def judge(conn: pg.Connection, desired: Desired, allow_functions: Sequence[str]) -> tuple[Verdict, ...]:
     """The verdict of every declared check, by address. `allow_functions`: the installed policy's."""
     known = checks()
+    # Statistics views are cached for the whole transaction: without this, the second look of an apply would see the
+    # sessions of the first, and a background worker that has ended meanwhile as one without a type.
+    pg.rows(conn, "SELECT pg_catalog.pg_stat_clear_snapshot()::pg_catalog.text AS cleared")
     return tuple(known[check.kind].run(conn, check, allow_functions) for check in desired.checks.values())
 
 

@@ -17,7 +17,7 @@ import json
 import re
 import signal
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
@@ -48,10 +48,8 @@ def roles(server: Server) -> None:
     """The roles of all cases; they are the server's, so whichever worker comes first makes them."""
     with psycopg.connect(server.dsn(), autocommit=True) as conn:
         for name in ROLES:
-            try:
+            with suppress(psycopg.errors.DuplicateObject, psycopg.errors.UniqueViolation):
                 conn.execute(f"CREATE ROLE {name}".encode())
-            except (psycopg.errors.DuplicateObject, psycopg.errors.UniqueViolation):
-                pass
 
 
 class Printed(NamedTuple):
@@ -63,7 +61,7 @@ class Printed(NamedTuple):
 
 
 def called(folder: Path, *arguments: str) -> Printed:
-    """The command, called in this process: a case calls up to fifteen, and starting them would take most of the time."""
+    """The command, called in this process: starting the fifteen of a case would take most of the time."""
     out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = ["reconciler", *arguments]
     try:
@@ -221,7 +219,7 @@ def as_json(text: str, database: str) -> str:
     if document["outcome"] in {"error", "stale"}:
         assert set(document) == {"format_version", "outcome", "errors", "hint"}
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    assert KEYS <= set(document)
+    assert set(document) >= KEYS
     for name in ("created_at", "expires_at", "tool"):
         document[name] = name.upper()
     document["target"] |= {"database": "DATABASE", "system_identifier": "IDENTIFIER", "server_version": "VERSION"}

@@ -14,8 +14,8 @@ import psycopg
 import pytest
 from psycopg import sql as composing
 
-from reconciler import apply as applying
 from reconciler import plan as planning
+from reconciler import trust
 from reconciler.errors import (
     NotApproved,
     PlanDamaged,
@@ -168,8 +168,11 @@ MOVED = {
         ["invariant.no-blank-actor", "1 rows, expected 0"],
     ),
     "ledger created": (
-        ["CREATE SCHEMA reconciler", "CREATE TABLE reconciler.entry (name text, number bigint, hash text, previous text,"
-         " body text, run_id uuid, recorded_at timestamptz, approval_ids uuid[])"],
+        [
+            "CREATE SCHEMA reconciler",
+            "CREATE TABLE reconciler.entry (name text, number bigint, hash text, previous text, body text)",
+            "ALTER TABLE reconciler.entry ADD run_id uuid, ADD recorded_at timestamptz, ADD approval_ids uuid[]",
+        ],
         Stale,
         ["ledger.reconciler", "already as desired"],
     ),
@@ -464,6 +467,9 @@ def test_an_edited_plan_never_does_what_was_not_approved(system: Governed, key: 
             tried += 1
             try:
                 loaded, _ = planning.load(system.plan_file)
+                says = planning.dump_desired(planning.load_desired(loaded.desired))
+                if loaded.model_copy(update={"desired": says}) == plan:
+                    continue  # a key that says what is so without it
                 system.apply(loaded, [approval], initialize=True)
             except (PlanDamaged, NotApproved, Stale, UsageError):
                 continue
@@ -490,7 +496,7 @@ def test_what_is_for_people_decides_nothing(system: Governed) -> None:
     for change in (*document["changes"], *document["setup"]):
         change["reason"] = "nothing to see here"
         change["fields"] = []
-    document["desired"] |= {"source_digest": "0" * 64, "release": "r0", "database": "another", "more": 1}
+    document["desired"] |= {"source_digest": "0" * 64, "release": "r0", "more": 1}
     document["target"]["server_version"] = "9.6"
     planning.write(system.plan_file, document)
     loaded, _ = planning.load(system.plan_file)
@@ -649,7 +655,7 @@ def test_a_ledger_that_a_dba_made_beforehand(system: Governed) -> None:
     system.db.execute(sql)
     plan = system.plan()
     assert [change.address for change in plan.setup] == ["policy.shop"]
-    with untouched(system), pytest.raises(UsageError, match="--initialize|first apply"):
+    with untouched(system), pytest.raises(UsageError, match="This would be the first apply"):
         system.apply(plan, initialize=False)
     system.apply(plan, initialize=True)
     system.in_sync()
@@ -697,20 +703,20 @@ def test_a_ledger_that_was_lost_is_not_a_first_apply(system: Governed) -> None:
         "DELETE FROM reconciler.entry",
         "TRUNCATE reconciler.entry",
         "TRUNCATE reconciler.entry CASCADE",
-        "INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
+        ("INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
         " SELECT name, 3, gen_random_uuid(), '{}', '{}', hash, encode(sha256(convert_to(hash || '{}', 'UTF8')), 'hex')"
-        " FROM reconciler.entry",
-        "INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
+        " FROM reconciler.entry"),
+        ("INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
         " SELECT name, 2, gen_random_uuid(), '{}', '{}', repeat('1', 64),"
-        " encode(sha256(convert_to(repeat('1', 64) || '{}', 'UTF8')), 'hex') FROM reconciler.entry",
-        "INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
-        " SELECT name, 2, gen_random_uuid(), '{}', '{}', hash, repeat('1', 64) FROM reconciler.entry",
-        "INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
+        " encode(sha256(convert_to(repeat('1', 64) || '{}', 'UTF8')), 'hex') FROM reconciler.entry"),
+        ("INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
+        " SELECT name, 2, gen_random_uuid(), '{}', '{}', hash, repeat('1', 64) FROM reconciler.entry"),
+        ("INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
         " SELECT name, 2, gen_random_uuid(), approval_ids, '{}', hash,"
-        " encode(sha256(convert_to(hash || '{}', 'UTF8')), 'hex') FROM reconciler.entry",
-        "INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
+        " encode(sha256(convert_to(hash || '{}', 'UTF8')), 'hex') FROM reconciler.entry"),
+        ("INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
         " SELECT name, 1, gen_random_uuid(), '{}', '{}', repeat('0', 64),"
-        " encode(sha256(convert_to(repeat('0', 64) || '{}', 'UTF8')), 'hex') FROM reconciler.entry",
+        " encode(sha256(convert_to(repeat('0', 64) || '{}', 'UTF8')), 'hex') FROM reconciler.entry"),
     ],
     ids=[
         "update body", "update time", "update hash", "delete", "truncate", "truncate cascade", "a gap", "another chain",
@@ -784,4 +790,4 @@ def test_two_names_in_one_ledger_have_a_chain_each(system: Governed) -> None:
 
 
 def test_check_plan_needs_no_database(system: Governed) -> None:
-    assert applying.check_plan(system.plan()).name == "shop"
+    assert trust.check_plan(system.plan()).name == "shop"
