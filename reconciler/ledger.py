@@ -276,7 +276,10 @@ SELECT (SELECT pg_catalog.array_agg(
            OR EXISTS (SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = c.oid)
            OR EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE c.oid IN (i.inhrelid, i.inhparent)) AS others,
        o.rolname::pg_catalog.text AS owner,
-       o.rolsuper OR pg_catalog.pg_has_role(o.oid, 'MEMBER')
+       o.rolsuper
+           -- A superuser is a member of everything; that says nothing about whose code it should run.
+           OR (SELECT NOT me.rolsuper FROM pg_catalog.pg_roles me WHERE me.rolname = current_user)
+              AND pg_catalog.pg_has_role(o.oid, 'MEMBER')
            OR o.oid = (SELECT d.datdba FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
            AS trusted
   FROM (SELECT 1) AS one
