@@ -372,6 +372,11 @@ def test_a_child_table_cannot_hide_a_gate(shop: Governed) -> None:
 # ---------------------------------------------------------------------------------------------------------- the ledger
 
 
+REPLACED = """
+CREATE OR REPLACE FUNCTION reconciler.entry_is_append_only() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'
+"""
+
+
 def forge(shop: Governed, body: str) -> None:
     shop.db.execute(
         "INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)"
@@ -408,7 +413,7 @@ def test_columns_beside_the_hash_do_not_move_unseen(shop: Governed) -> None:
         "ALTER TABLE reconciler.entry DISABLE TRIGGER entry_is_append_only_row",
         "DROP TRIGGER entry_is_append_only_statement ON reconciler.entry",
         "ALTER TABLE reconciler.entry DROP CONSTRAINT entry_hash_check",
-        "CREATE OR REPLACE FUNCTION reconciler.entry_is_append_only() RETURNS trigger AS 'BEGIN RETURN NEW; END' LANGUAGE plpgsql",
+        REPLACED,
         "CREATE RULE r AS ON INSERT TO reconciler.entry DO ALSO NOTHING",
         "CREATE TABLE reconciler.more () INHERITS (reconciler.entry)",
         "ALTER TABLE reconciler.entry ADD COLUMN extra text",
