@@ -540,7 +540,6 @@ def test_everything_that_the_live_state_forbids_is_named_at_once(
             "ALTER TABLE public.settings RENAME value TO val",
             "gate store settings: table public.settings has no column value.",
         ),
-        ("CREATE SCHEMA reconciler", "Schema reconciler exists but has no table entry"),
     ],
 )
 def test_a_database_that_is_another(
@@ -551,6 +550,16 @@ def test_a_database_that_is_another(
     for command in ("plan", "drift"):
         lines = refused(cli(command, "--dsn", small.dsn, check=False, cwd=tmp_path), 1)
         assert lines[0].startswith(f"Error: {message}")
+
+
+def test_a_schema_that_only_has_the_name_of_the_ledger(
+    tmp_path: Path, state: Path, small: Database, cli: Command
+) -> None:
+    del state
+    small.execute("CREATE SCHEMA reconciler")
+    for command in ("plan", "drift"):
+        lines = refused(cli(command, "--dsn", small.dsn, check=False, cwd=tmp_path), 4)
+        assert lines[0] == "Error: Schema reconciler exists, but it is not the ledger of this program."
 
 
 def test_a_target_that_is_another_database(tmp_path: Path, state: Path, small: Database, cli: Command) -> None:

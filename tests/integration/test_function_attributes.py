@@ -192,7 +192,8 @@ CASES = [
         (
             (
                 "CREATE TRANSFORM FOR integer LANGUAGE plpgsql ("
-                "FROM SQL WITH FUNCTION pg_catalog.prsd_lextype(internal), TO SQL WITH FUNCTION pg_catalog.int4recv(internal))"
+                "FROM SQL WITH FUNCTION pg_catalog.prsd_lextype(internal),"
+                " TO SQL WITH FUNCTION pg_catalog.int4recv(internal))"
             ),
             SOURCES[PROBE]
             .replace("CREATE", "CREATE OR REPLACE")
