@@ -86,6 +86,37 @@ def complete(composed: sql.Composable, role: str | None = None) -> Statement:
     return Statement(text=composed.as_string(None), role=role)
 
 
+def unreadable(conn: pg.Connection, relations: Sequence[str]) -> tuple[str, str] | None:
+    """What keeps this role from seeing all rows of the relations: (missing privilege, sentence), or None.
+
+    Asked before, because an error inside the snapshot would end it.
+    """
+    for name in relations:
+        found = pg.rows(
+            conn,
+            """
+            SELECT current_user::pg_catalog.text AS role,
+                   pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS usage,
+                   pg_catalog.has_table_privilege(c.oid, 'SELECT') AS may_read,
+                   pg_catalog.row_security_active(c.oid) AS hides
+              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+             WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+            """,
+            relation(name),
+        )
+        if not found:
+            return f"relation {name}", f"there is no relation {name}"
+        row = found[0]
+        if not row["usage"]:
+            missing = f"USAGE on the schema of {name}"
+            return missing, f"role {row['role']} lacks {missing}"
+        if not row["may_read"]:
+            return f"SELECT on {name}", f"role {row['role']} lacks SELECT on {name}"
+        if row["hides"]:
+            return f"BYPASSRLS for {name}", f"row security hides rows of {name} from role {row['role']}"
+    return None
+
+
 QUERY_TIMEOUT_MS = 5_000
 MAX_TEXT = 65_536
 """Characters of a value that a declared query may give."""
@@ -141,6 +172,7 @@ def table(conn: pg.Connection, name: str, purpose: str, key: Sequence[str], colu
                current_user::pg_catalog.text AS role,
                pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS usage,
                pg_catalog.has_table_privilege(c.oid, 'SELECT') AS may_read,
+               pg_catalog.row_security_active(c.oid) AS hides,
                c.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid) AS children
           FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname = %s AND c.relname = %s
@@ -158,6 +190,11 @@ def table(conn: pg.Connection, name: str, purpose: str, key: Sequence[str], colu
         raise MissingPrivilege(
             f"{purpose}: role {row['role']} lacks {what}.",
             hint=f"GRANT {what.replace(' on ', ' ON ')} TO {row['role']};",
+        )
+    if row["hides"]:
+        raise MissingPrivilege(
+            f"{purpose}: row security hides rows of {name} from role {row['role']}.",
+            hint=f"Give BYPASSRLS to {row['role']}, or let the owner of the table read it.",
         )
     if row["children"]:
         raise ServerProblem(

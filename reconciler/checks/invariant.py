@@ -11,7 +11,7 @@ from reconciler import pg
 from reconciler.allowlist import check_query
 from reconciler.checks import CheckKind
 from reconciler.model import Check, Declared, GateStore, Json, Model, Verdict, canonical
-from reconciler.parts import QUERY_TIMEOUT_MS, Complaint, Context, identifier, raw, relation, single_value
+from reconciler.parts import QUERY_TIMEOUT_MS, Complaint, Context, identifier, raw, single_value, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -232,7 +232,7 @@ def _extensions(conn: pg.Connection, address: str, wanted: Exactly) -> Verdict:
 
 
 def _gate(conn: pg.Connection, address: str, spec: GateInvariantSpec) -> Verdict:
-    if missing := _unreadable(conn, [spec.store.table]):
+    if missing := unreadable(conn, [spec.store.table]):
         return _not_judged(address, *missing)
     query = sql.SQL("SELECT {}::pg_catalog.text AS value FROM {} WHERE {}::pg_catalog.text = %s").format(
         sql.Identifier(spec.store.value), identifier(spec.store.table), sql.Identifier(spec.store.key)
@@ -276,38 +276,7 @@ def _obstacle(conn: pg.Connection, spec: QueryInvariant, allow_functions: Sequen
         role = HIDING.get(name)
         if role is not None and not _may(conn, role):
             return role, f"{name} hides rows or columns from this role; GRANT {role} to it"
-    return _unreadable(conn, report.relations)
-
-
-def _unreadable(conn: pg.Connection, relations: Sequence[str]) -> tuple[str, str] | None:
-    """What keeps this role from seeing all rows of the relations: (missing privilege, sentence), or None.
-
-    Asked before, because an error inside the snapshot would end it.
-    """
-    for name in relations:
-        found = pg.rows(
-            conn,
-            """
-            SELECT current_user::pg_catalog.text AS role,
-                   pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS usage,
-                   pg_catalog.has_table_privilege(c.oid, 'SELECT') AS may_read,
-                   pg_catalog.row_security_active(c.oid) AS hides
-              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-             WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
-            """,
-            relation(name),
-        )
-        if not found:
-            return f"relation {name}", f"there is no relation {name}"
-        row = found[0]
-        if not row["usage"]:
-            missing = f"USAGE on the schema of {name}"
-            return missing, f"role {row['role']} lacks {missing}"
-        if not row["may_read"]:
-            return f"SELECT on {name}", f"role {row['role']} lacks SELECT on {name}"
-        if row["hides"]:
-            return f"BYPASSRLS for {name}", f"row security hides rows of {name} from role {row['role']}"
-    return None
+    return unreadable(conn, report.relations)
 
 
 CHECK = Invariant()

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from reconciler import pg
 from reconciler.allowlist import check_expression, check_query
+from reconciler.errors import MissingPrivilege
 from reconciler.kinds import Blocked, Kind, Reading, Wanted
 from reconciler.model import (
     Change,
@@ -35,6 +36,7 @@ from reconciler.parts import (
     relation,
     single_value,
     table,
+    unreadable,
 )
 
 if TYPE_CHECKING:
@@ -368,7 +370,10 @@ def _row(
 
 def _bound(conn: pg.Connection, address: str, column: str, bind: Bind) -> dict[str, Json]:
     """The single value of a bind as text, or what is wrong with the answer. Runs inside the caller's transaction."""
-    value, error = single_value(conn, bind.query, f"running the query bound to {column} of {address}")
+    doing = f"running the query bound to {column} of {address}"
+    if missing := unreadable(conn, check_query(bind.query, ()).relations):
+        raise MissingPrivilege(f"{doing}: {missing[1]}.", hint="Grant it, or run as a role that has it.")
+    value, error = single_value(conn, bind.query, doing)
     return {"value": value} if value is not None else {"error": error}
 
 

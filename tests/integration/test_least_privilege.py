@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from reconciler import desired, pg, sandbox
-from reconciler.errors import MissingPrivilege, ServerProblem
+from reconciler.errors import MissingPrivilege, Refused
 from reconciler.survey import survey
 from tests.conftest import BASELINE
 from tests.integration import governed
@@ -202,7 +202,7 @@ def test_a_declared_table_that_may_not_be_read_is_named(
     done = reading(command, dieu45, role, state)
     one_sentence(done, 1)
     assert table.removeprefix("public.") in done.stderr
-    assert "permission denied" in done.stderr or f"role {role} lacks SELECT on {table}" in done.stderr
+    assert f"role {role} lacks SELECT on {table}" in done.stderr
 
 
 def one_sentence(done: subprocess.CompletedProcess[str], code: int) -> None:
@@ -239,9 +239,7 @@ def test_row_security_behind_a_view_of_an_invariant(db: Database, tmp_path: Path
         "GRANT USAGE ON SCHEMA app TO {stranger}",
     )
     system.state["invariants"] = {"no-blank-actor": {"query": "SELECT id FROM app.jobs", "rows": 0}}
-    with pytest.raises(
-        MissingPrivilege, match=r"judging invariant\.no-blank-actor: .*row-level security policy .*\"job\""
-    ):
+    with pytest.raises(MissingPrivilege, match=r"judging invariant\.no-blank-actor: .*42501"):
         system.write().plan()
 
 
@@ -255,7 +253,7 @@ def test_row_security_on_a_gate_store_and_a_marker_table(db: Database, tmp_path:
     assert system.plan(db.dsn_as(system.stranger)).summary == system.plan().summary
     for table in ("app.settings", "app.heartbeat", "app.cursor"):
         system.sql(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
-        with pytest.raises(MissingPrivilege, match=r"row-level security|row security"):
+        with pytest.raises(MissingPrivilege, match=rf"row security hides rows of {table} from role {system.stranger}"):
             system.plan(db.dsn_as(system.stranger))
         system.sql(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
 
@@ -503,7 +501,7 @@ def test_a_ledger_that_may_not_be_read_or_written_stops_an_apply(db: Database, t
 def test_a_schema_of_that_name_that_is_no_ledger(db: Database, tmp_path: Path) -> None:
     system = governed.shop(db, tmp_path)
     db.execute("CREATE SCHEMA reconciler")
-    with pytest.raises(ServerProblem, match="is not a ledger of this program"):
+    with pytest.raises(Refused, match="is not the ledger of this program"):
         system.plan()
 
 
