@@ -28,6 +28,7 @@ from reconciler.errors import (
 from reconciler.kinds import kinds
 from reconciler.model import (
     Approval,
+    Asked,
     Change,
     Desired,
     Entry,
@@ -42,11 +43,11 @@ from reconciler.model import (
     blocking,
     milliseconds,
 )
-from reconciler.plan import dump_desired, effect_digest, effects_digest, load_desired
+from reconciler.plan import dump_desired, effect_digest, effects_digest, load_desired, of_kind
 from reconciler.survey import Survey, survey
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
 
@@ -121,7 +122,9 @@ def apply(request: Request, progress: Progress) -> Outcome:
         statements=len(_statements(request.plan)),
         seconds=seconds,
         summary=request.plan.summary,
-        invariants=tuple(verdicts),
+        invariants=of_kind(verdicts, "invariant"),
+        proofs=of_kind(verdicts, "proof"),
+        surface=of_kind(verdicts, "surface"),
         problems=tuple(problems),
     )
 
@@ -195,6 +198,7 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> Polic
             request.approvals,
             effect_digest=plan.effect_digest,
             hazards=plan.hazards,
+            attestations=plan.attestations,
             policy=policy,
             used=last.used,
             now=_server_time(conn),
@@ -301,8 +305,9 @@ def _transaction(conn: pg.Connection, run: _Run) -> tuple[Entry, Sequence[Verdic
     try:
         xid = _begin_and_lock(conn, run)
         before = _unchanged(conn, run)
+        memos = live.remember(conn, Asked(run.desired, before.last.allow_functions))
         _execute(conn, run)
-        verdicts, found = _look_again(conn, run)
+        verdicts, found = _look_again(conn, run, memos)
         entry = _record(conn, run, before, found, verdicts, xid)
     except BaseException:
         _roll_back(conn)
@@ -398,6 +403,7 @@ def _unchanged(conn: pg.Connection, run: _Run) -> Survey:
         run.request.approvals,
         effect_digest=again.effect_digest,
         hazards=again.hazards,
+        attestations=again.attestations,
         policy=run.policy,
         used=found.last.used,
         now=_server_time(conn),
@@ -477,7 +483,7 @@ def _marker_is_there(conn: pg.Connection, run: _Run, change: Change, answer: str
         )
 
 
-def _look_again(conn: pg.Connection, run: _Run) -> tuple[Sequence[Verdict], Live]:
+def _look_again(conn: pg.Connection, run: _Run, memos: Mapping[str, Json]) -> tuple[Sequence[Verdict], Live]:
     """Verify by reading: nothing left to do, every object as approved, every invariant held. Raises Stale, Violated."""
     run.progress("verify", "reading everything again before COMMIT")
     # To COMMIT: a deferred trigger would otherwise run after this last look.
@@ -503,7 +509,15 @@ def _look_again(conn: pg.Connection, run: _Run) -> tuple[Sequence[Verdict], Live
             hint="Something in the database changes what is written: a trigger, a rule, an event trigger.",
         )
     last = ledger.last(conn, run.desired.name)
-    verdicts = live.judge(conn, run.desired, last.allow_functions)
+    run.progress("judge", "invariants, surface and proofs")
+    asked = Asked(
+        desired=run.desired,
+        allow_functions=last.allow_functions,
+        inside=True,
+        changes=run.request.plan.changes,
+        attested={name for approval in run.request.approvals for name in approval.attestations},
+    )
+    verdicts = live.judge(conn, asked, memos)
     approve.refuse(blocking(verdicts, run.policy))
     return verdicts, found
 
@@ -530,7 +544,7 @@ def _record(  # noqa: PLR0913, PLR0917 - what an entry consists of
         "approvals": [approval.dump() for approval in run.request.approvals],
         "policy": run.desired.policy.dump(),
         "manifest": manifest(run.desired, found),
-        "invariants": [verdict.dump() for verdict in verdicts],
+        "checks": [verdict.dump() for verdict in verdicts],
         "transaction_id": xid,
     }
     ids = [approval.id for approval in run.request.approvals]

@@ -182,6 +182,7 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
         plans.write(given["out"], made.dump(), private=True)
         if made.has_changes:
             accept = "".join(f" --accept {hazard}" for hazard in made.hazards)
+            accept += "".join(f" --attest {name}" for name in made.attestations)
             click.echo(f"Saved {given['out']}. Next, once you have read it:", err=True)
             click.echo(f'  reconciler approve {given["out"]} --as NAME --reason "..."{accept}', err=True)
     ctx.exit(2 if made.has_changes and given["detailed_exitcode"] else 0)
@@ -219,6 +220,7 @@ def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
 @click.option("--as", "approver", required=True, metavar="NAME", help="Who approves.")
 @click.option("--reason", required=True, help="Why.")
 @click.option("--accept", "accepted", multiple=True, metavar="HAZARD", help="A hazard of the plan; each must be named.")
+@click.option("--attest", "attested", multiple=True, metavar="ID", help="What no query can see and you sign for.")
 @click.option(
     "--expires", metavar="DURATION", help="For how long, for example 2h; at most (and by default) the policy's."
 )
@@ -243,6 +245,7 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
         approver=given["approver"],
         reason=given["reason"],
         accepted=given["accepted"],
+        attested=given["attested"],
         expires=given["expires"],
         now=datetime.now(UTC),
     )
@@ -338,6 +341,7 @@ def _ask(made: Plan, checksum: str, *, colour: bool) -> list[Approval]:
             approver=getpass.getuser(),
             reason="typed yes at the prompt of apply",
             accepted=made.hazards,
+            attested=made.attestations,
             expires=None,
             now=datetime.now(UTC),
         )
@@ -404,6 +408,34 @@ def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
     else:
         click.echo(text.drift(report, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
     ctx.exit(drifting.exit_code(report))
+
+
+@cli.command()
+@_state_option
+@_target_option
+@_server_options
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where to write; pins.yaml of the state.")
+def pin(state: Path, target: str | None, dsn: str | None, allow_untested_server: bool, out: Path | None) -> None:
+    """Capture the live definitions of everything that `pin` invariants name, for review. Reads only.
+
+    \b
+    Examples:
+      reconciler pin --dsn postgresql://planner@db/app -t production
+      reconciler pin --out /tmp/pins.yaml && diff state/pins.yaml /tmp/pins.yaml
+    """
+    from reconciler import desired, live, pg, pins
+
+    wanted = desired.load(state, target, capturing=True)
+    with pg.connect(dsn, "pin") as conn:
+        pg.check_version(conn, allow_untested=allow_untested_server)
+        with pg.snapshot(conn):
+            live.identify(conn, wanted)
+            text, count = pins.capture(conn, wanted)
+    written = out or state / "pins.yaml"
+    pins.write(written, text)
+    click.echo(
+        f"Captured {count} pin{'' if count == 1 else 's'} in {written}. Review it like any other change.", err=True
+    )
 
 
 @cli.command()

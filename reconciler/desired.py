@@ -28,7 +28,7 @@ from reconciler.model import (
     Policy,
     Scope,
 )
-from reconciler.parts import Complaint, Context, relation
+from reconciler.parts import Captured, Complaint, Context, relation
 from reconciler.yamltext import Document, parse, read_text, validate
 
 if TYPE_CHECKING:
@@ -78,17 +78,19 @@ class _Entry:
         return Place(self.file, line, column)
 
 
-def load(directory: Path, target: str | None) -> Desired:
+def load(directory: Path, target: str | None, *, capturing: bool = False) -> Desired:
     """Everything the files of `directory` say for one target, variables filled in.
 
-    target: a name of `governance.targets`; None means the only one.
+    target: a name of `governance.targets`; None means the only one. capturing: pins need no lines yet.
     Raises InputError with every problem of every file, UsageError for a target that is not there.
     """
     sections, governance, problems, source = _parsed(directory)
     if governance is None:
         # Without the stores and the policy nothing else can be judged; what can be said of the rest was said.
         raise InputError(_in_order(problems))
-    return _resolved(directory, sections, governance, _target(governance, target), problems, source)
+    return _resolved(
+        directory, sections, governance, _target(governance, target), problems, source, capturing=capturing
+    )
 
 
 def load_all(directory: Path) -> list[Desired]:
@@ -125,6 +127,8 @@ def _resolved(  # noqa: PLR0913, PLR0917 - what was parsed, for one target
     chosen: str,
     problems: list[Problem],
     source: str,
+    *,
+    capturing: bool = False,
 ) -> Desired:
     variables = {**governance.vars, **governance.targets[chosen].vars}
     policy = Policy(
@@ -133,11 +137,12 @@ def _resolved(  # noqa: PLR0913, PLR0917 - what was parsed, for one target
         allow_functions=governance.allow_functions,
         allow_not_judged=governance.allow_not_judged,
     )
-    context = Context(root=directory, stores=governance.gate_stores, policy=policy)
+    pins, unpinned = _pins(sections)
+    context = Context(root=directory, stores=governance.gate_stores, policy=policy, pins=pins, capturing=capturing)
     items, found = _items(sections, variables, context)
     judged, more = _checks(sections, variables, context, items)
-    if problems or found or more:
-        raise InputError(_in_order([*problems, *found, *more]))
+    if problems or unpinned or found or more:
+        raise InputError(_in_order([*problems, *unpinned, *found, *more]))
     return Desired(
         name=governance.name,
         release=governance.release,
@@ -226,6 +231,7 @@ def _merge(documents: Mapping[str, Document]) -> tuple[dict[str, dict[str, _Entr
     """Section -> name -> entry over all files; a name in two places is a problem that names both."""
     known = [
         "governance",
+        "pins",
         *(kind.section for kind in kinds().values()),
         *(check.section for check in checks().values()),
     ]
@@ -277,6 +283,20 @@ def _governance(entries: Mapping[str, _Entry], directory: Path) -> tuple[Governa
             message = f"gate store {scope.store!r} is not declared in governance.gate_stores"
             problems.append(entry.problem(message, ("scope", "gates", index, "store"), value=True))
     return governance, problems
+
+
+def _pins(sections: Mapping[str, Mapping[str, _Entry]]) -> tuple[dict[str, Captured], list[Problem]]:
+    pins: dict[str, Captured] = {}
+    problems: list[Problem] = []
+    known = sections.get("invariants", {})
+    for name, entry in sections.get("pins", {}).items():
+        captured, found = validate(Captured, entry.document, entry.path, entry.data, entry.file)
+        problems += found
+        if captured is not None:
+            pins[name] = captured
+        if name not in known:
+            problems.append(entry.problem(f"no invariant {name!r} pins this; run `reconciler pin` again"))
+    return pins, problems
 
 
 def _qualified(entry: _Entry, path: tuple[str | int, ...], text: str) -> list[Problem]:

@@ -16,7 +16,7 @@ import rfc8785
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 FORMAT_VERSION = "1.0"
 DIGEST_ENCODING = "reconciler/effects/1"
@@ -259,14 +259,42 @@ class Finding(Model):
     message: str
 
 
+Status: TypeAlias = Literal[
+    "held", "violated", "not_judged", "attested", "passed", "failed", "rehearsed", "predicted", "differs", "deferred"
+]
+"""What a check came to. `attested` is a person's word; `deferred` is judged later, `detail` says when."""
+
+
 class Verdict(Model):
-    """What a check found. `judged_by` is `state` for a look at the live state; `detail` never holds values of rows."""
+    """What a check found. `detail` never holds values of rows; the last three are a surface row's."""
 
     address: Address
-    status: Literal["held", "violated", "not_judged"]
+    status: Status
     detail: str
     missing: str = ""
     """For not_judged: the privilege that the role lacks."""
+    before: str | None = None
+    after: str | None = None
+    predicted: str | None = None
+    group: str = ""
+    """The list it belongs to in reports, as its declaration says."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """When and under which policy a check is asked."""
+
+    desired: Desired
+    allow_functions: Sequence[str] = ()
+    """The installed policy's."""
+    inside: bool = False
+    """Inside an apply, just before COMMIT; otherwise in plan, drift, or an apply before anything was changed."""
+    memo: Json = None
+    """Inside: what the check remembered at BEGIN."""
+    changes: Sequence[Change] = ()
+    """Inside: what the apply changed."""
+    attested: Collection[str] = ()
+    """Inside: the names that approvers signed for."""
 
 
 @dataclass(frozen=True)
@@ -290,11 +318,15 @@ class NotCompared(Model):
 
 
 def blocking(verdicts: Sequence[Verdict], policy: Policy) -> tuple[Verdict, ...]:
-    """The verdicts that forbid an apply: violated, or not judged and not allowed to stay so. This rule's one place."""
+    """The verdicts that forbid an apply. This rule's one place.
+
+    A violated invariant, a failed proof, a surface row that is not as predicted; and what was not judged, unless the
+    installed policy says that it may stay so.
+    """
     return tuple(
         verdict
         for verdict in verdicts
-        if verdict.status == "violated"
+        if verdict.status in {"violated", "failed", "differs"}
         or (verdict.status == "not_judged" and verdict.address.partition(".")[2] not in policy.allow_not_judged)
     )
 
@@ -421,9 +453,21 @@ class Plan(Model):
         return [change.address for change in (*self.setup, *self.changes) if hazard in change.hazards]
 
     @property
+    def checks(self) -> tuple[Verdict, ...]:
+        """Every verdict, of all sorts of checks."""
+        return (*self.invariants, *self.proofs, *self.surface)
+
+    @property
+    def attestations(self) -> tuple[str, ...]:
+        """The names that approvers must sign for, because no query can see what they claim."""
+        return tuple(
+            sorted(verdict.address.partition(".")[2] for verdict in self.checks if verdict.missing == "attestation")
+        )
+
+    @property
     def blocking(self) -> tuple[Verdict, ...]:
         """The checks that forbid an apply: violated, or not judged and not allowed to stay so."""
-        return blocking(self.invariants, Policy.model_validate_json(canonical(self.desired["policy"])))
+        return blocking(self.checks, Policy.model_validate_json(canonical(self.desired["policy"])))
 
     @property
     def has_changes(self) -> bool:
@@ -476,7 +520,20 @@ class Outcome(Model):
     seconds: float
     summary: Summary
     invariants: tuple[Verdict, ...]
+    proofs: tuple[Verdict, ...]
+    surface: tuple[Verdict, ...]
     problems: tuple[str, ...] = ()
+
+    @property
+    def checks(self) -> tuple[Verdict, ...]:
+        """Every verdict, of all sorts of checks."""
+        return (*self.invariants, *self.proofs, *self.surface)
+
+
+def glob_match(pattern: str, text: str) -> bool:
+    """Does the text match the glob (`*` and `?` only)?"""
+    parts = {"*": ".*", "?": "."}
+    return re.fullmatch("".join(parts.get(char) or re.escape(char) for char in pattern), text, re.DOTALL) is not None
 
 
 def glob_regex(pattern: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reconciler import ledger, live, plan
+from reconciler.model import Asked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +56,6 @@ def survey(conn: Connection, desired: Desired) -> Survey:
         last=last,
         live=found,
         setup=ledger.setup(desired, last),
-        verdicts=live.judge(conn, desired, last.allow_functions),
+        verdicts=live.judge(conn, Asked(desired, last.allow_functions)),
         not_compared=live.not_compared(conn, desired),
     )

@@ -55,12 +55,12 @@ def plan(found: Plan, *, colour: bool, verbose: bool) -> str:
         page.line("", "Changes:")
         for change in found.changes:
             _change(page, change)
-    _verdicts(page, found.invariants, verbose=verbose)
+    _verdicts(page, found.checks, verbose=verbose)
     _findings(page, found.findings)
     _not_compared(page, found.not_compared, verbose=verbose)
     page.legend()
     page.line("", plan_line(found))
-    page.line(checks_line(found.invariants))
+    page.line(checks_line(found.invariants, found.proofs, found.surface))
     if found.has_changes:
         if found.hazards:
             page.line(f"Hazards to accept: {', '.join(found.hazards)}.")
@@ -75,12 +75,26 @@ def plan_line(found: Plan) -> str:
     return f"Plan: {_numbers(found.summary, 'to add', 'to change', 'to remove', 'to forget')}."
 
 
-def checks_line(verdicts: Sequence[Verdict]) -> str:
-    """The line that counts verdicts."""
-    counts = {status: sum(v.status == status for v in verdicts) for status in ("held", "violated", "not_judged")}
+def checks_line(invariants: Sequence[Verdict], proofs: Sequence[Verdict] = (), surface: Sequence[Verdict] = ()) -> str:
+    """The line that counts verdicts. What is judged later is said, never counted as done."""
+
+    def count(verdicts: Sequence[Verdict], status: str) -> int:
+        return sum(verdict.status == status for verdict in verdicts)
+
+    later = count(invariants, "deferred")
+    failed, waiting = count(proofs, "failed"), count(proofs, "deferred")
     return (
-        f"Invariants: {counts['held']} held, {counts['violated']} violated, 0 attested,"
-        f" {counts['not_judged']} not judged. Proofs: 0 passed, 0 rehearsed. Surface: 0 of 0 as predicted."
+        f"Invariants: {count(invariants, 'held')} held, {count(invariants, 'violated')} violated,"
+        f" {count(invariants, 'attested')} attested, {count(invariants, 'not_judged')} not judged"
+        + (f", {later} judged in apply" if later else "")
+        + f". Proofs: {count(proofs, 'passed')} passed, {count(proofs, 'rehearsed')} rehearsed"
+        + (f", {failed} failed" if failed else "")
+        + (f", {waiting} not run" if waiting else "")
+        + (
+            f". Surface: {len(surface)} rows compared in apply."
+            if count(surface, "deferred")
+            else f". Surface: {count(surface, 'predicted')} of {len(surface)} as predicted."
+        )
     )
 
 
@@ -111,7 +125,7 @@ def drift(found: DriftReport, *, colour: bool, verbose: bool) -> str:
         page.line(f"Drift: {_count(len(found.drift), 'object')} changed, {len(found.pending)} pending.")
     else:
         page.line(f"No drift at {found.checked_at}. {len(found.pending)} pending.")
-    page.line(checks_line(found.invariants))
+    page.line(checks_line(found.invariants, found.proofs, found.surface))
     return page.text()
 
 
@@ -119,7 +133,7 @@ def outcome(found: Outcome, *, colour: bool) -> str:
     """What an apply did."""
     page = _Page(colour)
     page.line(f"Apply complete! {_numbers(found.summary, 'added', 'changed', 'removed', 'forgotten')}.")
-    page.line(checks_line(found.invariants))
+    page.line(checks_line(found.invariants, found.proofs, found.surface))
     page.line(f"Ledger entry {found.entry}, {found.hash}")
     page.line(f"{_count(found.statements, 'statement')} in transaction {found.transaction_id}, {found.seconds:.2f} s")
     if found.genesis:
@@ -151,7 +165,9 @@ class _Page:
 
     def line(self, *texts: str, symbol: str = "") -> None:
         for text in texts:
-            shown = printable(text).replace("\n", "\\n")  # a name with a line end in it must not look like a line of ours
+            shown = printable(text).replace(
+                "\n", "\\n"
+            )  # a name with a line end in it must not look like a line of ours
             if self._colour and symbol:
                 shown = f"\x1b[{COLOURS[symbol]}m{shown}\x1b[0m"
             self._lines.append(shown)
@@ -241,11 +257,12 @@ def _value(value: Json) -> str:
 
 
 def _verdicts(page: _Page, verdicts: Sequence[Verdict], *, verbose: bool) -> None:
-    shown = [verdict for verdict in verdicts if verbose or verdict.status != "held"]
+    quiet = {"held", "passed", "predicted", "deferred"}
+    shown = [verdict for verdict in verdicts if verbose or verdict.status not in quiet or verdict.missing]
     if shown:
-        page.line("", "Invariants:")
+        page.line("", "Checks:")
     for verdict in shown:
-        symbol = "" if verdict.status == "held" else "!"
+        symbol = "!" if verdict.status in {"violated", "not_judged", "failed", "differs"} else ""
         page.line(f"  {symbol or ' '} {verdict.address}: {verdict.status}: {verdict.detail}", symbol=symbol)
 
 
