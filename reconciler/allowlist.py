@@ -85,7 +85,7 @@ FUNCTIONS = frozenset(
     """.split()
     # Network addresses.
     + "abbrev broadcast family host hostmask inet_merge inet_same_family masklen netmask network set_masklen".split()
-    # What the catalog says: names, definitions, comments and privileges. Nothing of these waits for a lock.
+    # What the catalog says: names, definitions, comments, privileges. No pg_input_is_valid: it runs the code of types.
     + """
     acldefault aclexplode col_description current_database current_schema current_schemas format_type
     has_any_column_privilege has_column_privilege has_database_privilege has_foreign_data_wrapper_privilege
@@ -96,17 +96,17 @@ FUNCTIONS = frozenset(
     pg_get_function_arguments pg_get_function_identity_arguments pg_get_function_result pg_get_function_sqlbody
     pg_get_functiondef pg_get_indexdef pg_get_partition_constraintdef pg_get_partkeydef pg_get_ruledef
     pg_get_serial_sequence pg_get_statisticsobjdef pg_get_triggerdef pg_get_userbyid pg_get_viewdef pg_has_role
-    pg_identify_object pg_identify_object_as_address pg_input_is_valid pg_partition_root pg_size_bytes pg_size_pretty
-    pg_table_is_visible pg_tablespace_location pg_type_is_visible pg_typeof pg_wal_lsn_diff row_security_active
+    pg_identify_object pg_identify_object_as_address pg_partition_root pg_size_bytes pg_size_pretty
+    pg_table_is_visible pg_type_is_visible pg_typeof pg_wal_lsn_diff row_security_active
     shobj_description to_regclass to_regcollation to_regnamespace to_regoper to_regoperator to_regproc to_regprocedure
     to_regrole to_regtype version
     """.split()
 )
 """Functions of pg_catalog, every overload of them IMMUTABLE or STABLE.
 
-None of them takes SQL as text, reads a file or a setting, waits for or takes a lock, assigns a transaction id, or has
-an effect. Settings are left out because those of an application can hold passwords; the installed policy can allow
-`pg_catalog.current_setting`.
+None of them takes SQL or the name of a type as text to run it, reads a file or a setting, takes a lock that a SELECT
+would not take, assigns a transaction id, or has an effect. Settings are left out because those of an application can
+hold passwords; the installed policy can allow `pg_catalog.current_setting`.
 """
 
 AGGREGATES = frozenset(
@@ -319,6 +319,8 @@ class _Facts(NamedTuple):
 
     functions: Mapping[str, frozenset[str]]
     """The names that functions in FROM go by, each with the columns that they surely have."""
+    rows: frozenset[str]
+    """The names of everything else in FROM: a row of these is a row, which few functions take."""
     secrets: frozenset[str]
     """The names that relations with secret columns go by."""
     hidden: frozenset[str]
@@ -327,16 +329,23 @@ class _Facts(NamedTuple):
 
 def _facts(tree: Message) -> _Facts:
     functions: dict[str, frozenset[str]] = {}
+    rows: set[str] = set()
     secrets: set[str] = set()
     hidden: set[str] = set()
     for _, node in walk(tree):
         if isinstance(node, pb.RangeFunction):
             for name, columns in _function_names(node):
                 functions[name] = functions.get(name, columns) & columns
-        elif isinstance(node, pb.RangeVar) and node.relname in SECRET_COLUMNS:
-            secrets.add(node.alias.aliasname or node.relname)
-            hidden |= SECRET_COLUMNS[node.relname]
-    return _Facts(functions, frozenset(secrets), frozenset(hidden))
+        elif isinstance(node, pb.RangeVar):
+            rows.add(node.alias.aliasname or node.relname)
+            if node.relname in SECRET_COLUMNS:
+                secrets.add(node.alias.aliasname or node.relname)
+                hidden |= SECRET_COLUMNS[node.relname]
+        elif isinstance(node, pb.RangeSubselect):
+            rows.add(node.alias.aliasname)
+        elif isinstance(node, pb.JoinExpr):
+            rows |= {node.alias.aliasname, node.join_using_alias.aliasname}
+    return _Facts(functions, frozenset(rows), frozenset(secrets), frozenset(hidden))
 
 
 def _function_names(node: pb.RangeFunction) -> Iterator[tuple[str, frozenset[str]]]:
@@ -456,6 +465,12 @@ class _Checker:
         if self.one_row and (node.agg_star or node.agg_distinct or node.HasField("over")):
             self.refuse(node.location, "an aggregate or window function is not allowed here")
 
+    def from_function(self, node: pb.RangeFunction) -> None:
+        """Only plain calls: FROM CAST(1 AS int4) goes by the name int4, FROM COALESCE(1) by the name coalesce."""
+        for item in node.functions:
+            if not item.list.items or not item.list.items[0].HasField("func_call"):
+                self.refuse(location_of(item), "only the call of a function is allowed in FROM")
+
     def operator(self, node: pb.A_Expr | pb.SubLink) -> None:
         """An operator of pg_catalog, with or without OPERATOR(pg_catalog. )."""
         if isinstance(node, pb.A_Expr) and node.kind in BETWEEN:
@@ -504,7 +519,7 @@ class _Checker:
         elif relation in facts.functions:
             sure = name in facts.functions[relation] | OUTPUT_COLUMNS or harmless
         else:
-            sure = harmless or not name.startswith("pg_")
+            sure = relation in facts.rows and (harmless or not name.startswith("pg_"))
         column = f"{quote_ident(relation)}.{quote_ident(name)}"
         if not sure and relation in facts.functions:
             hint = f"declare the column: AS {quote_ident(relation)}({quote_ident(name)})"
@@ -529,6 +544,7 @@ class _Checker:
 
 JUDGES: Mapping[type[Message], Callable[[_Checker, Any], None]] = {
     pb.FuncCall: _Checker.function,
+    pb.RangeFunction: _Checker.from_function,
     pb.A_Expr: _Checker.operator,
     pb.SubLink: _Checker.operator,
     pb.TypeName: _Checker.type,

@@ -43,12 +43,16 @@ from reconciler.model import (
     blocking,
     milliseconds,
 )
-from reconciler.plan import dump_desired, effect_digest, effects_digest, load_desired, of_kind
+from reconciler.plan import dump_desired, effect_digest, effects_digest, load_desired, of_kind, stamp, summarize
 from reconciler.survey import Survey, survey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
+
+
+TAKEN = frozenset({"23505", "42710", "42723", "42P06", "42P07"})
+"""What PostgreSQL says when something is there already: a key, an object, a function, a schema, a table."""
 
 
 class Progress(Protocol):
@@ -109,7 +113,10 @@ def apply(request: Request, progress: Progress) -> Outcome:
         entry, verdicts = _transaction(conn, run)
     seconds = round(time.monotonic() - started, 3)
     progress("verify", "planning again on a new connection")
-    problems = _after(request, desired)
+    try:
+        problems = _after(request, desired)
+    except KeyboardInterrupt:
+        problems = ["interrupted before planning again"]
     return Outcome(
         outcome="applied",
         run_id=run.run_id,
@@ -121,7 +128,7 @@ def apply(request: Request, progress: Progress) -> Outcome:
         transaction_id=entry.body["transaction_id"],
         statements=len(_statements(request.plan)),
         seconds=seconds,
-        summary=request.plan.summary,
+        summary=summarize(request.plan.changes, request.plan.summary.drift, request.plan.summary.findings),
         invariants=of_kind(verdicts, "invariant"),
         proofs=of_kind(verdicts, "proof"),
         surface=of_kind(verdicts, "surface"),
@@ -193,6 +200,8 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> Polic
         if not last.readable:
             raise MissingPrivilege(last.findings[0].message)
         ledger.check_named(desired, last)
+        if stamp(_server_time(conn)) >= plan.expires_at:
+            raise NotApproved(f"The plan expired at {plan.expires_at}.", hint="Make it again and read it again.")
         policy = last.policy or desired.policy
         approve.verify(
             request.approvals,
@@ -309,6 +318,7 @@ def _transaction(conn: pg.Connection, run: _Run) -> tuple[Entry, Sequence[Verdic
         _execute(conn, run)
         verdicts, found = _look_again(conn, run, memos)
         entry = _record(conn, run, before, found, verdicts, xid)
+        _still(conn, run, found)
     except BaseException:
         _roll_back(conn)
         raise
@@ -411,8 +421,12 @@ def _unchanged(conn: pg.Connection, run: _Run) -> Survey:
     if _rendered(again) != _rendered(plan):
         raise NotApproved(
             "The plan's statements are not those that its approved effects give.",
-            details=_differences(plan, again),
-            hint="Another version of reconciler made this plan. Make it again.",
+            details=[
+                f"{ours[0]}: the plan holds other statements or hazards"
+                for ours, theirs in zip(_rendered(again), _rendered(plan), strict=False)
+                if ours != theirs
+            ][:10],
+            hint="Somebody edited the plan, or another version made it. Make it again and read it again.",
         )
     approve.refuse_blocked(again)
     return found
@@ -462,12 +476,26 @@ def _execute(conn: pg.Connection, run: _Run) -> None:
             pg.run(conn, sql.SQL("SET LOCAL search_path = {}").format(chosen))
             if statement.role is not None:
                 pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(statement.role)), change.address)
-            answer = pg.execute(conn, statement.text, doing=change.address) or answer
+            answer = _send(conn, change, statement.text) or answer
             if statement.role is not None:
                 pg.run(conn, "SET LOCAL ROLE NONE")
         if change.kind == "marker":
             _marker_is_there(conn, run, change, answer)
     pg.run(conn, "SET LOCAL search_path = ''")
+
+
+def _send(conn: pg.Connection, change: Change, text: str) -> str:
+    """Execute one statement. What somebody else created since the last look makes the plan stale."""
+    try:
+        return pg.execute(conn, text, doing=change.address)
+    except ServerProblem as error:
+        if change.before is None and getattr(error.__cause__, "sqlstate", None) in TAKEN:
+            raise Stale(
+                f"The plan is stale: somebody created {change.address} at the same time.",
+                details=[error.message],
+                hint="Nothing was changed. Plan again, read it, approve it.",
+            ) from error
+        raise
 
 
 def _marker_is_there(conn: pg.Connection, run: _Run, change: Change, answer: str) -> None:
@@ -551,6 +579,19 @@ def _record(  # noqa: PLR0913, PLR0917 - what an entry consists of
     return ledger.append(conn, run.desired.name, before.last, run_id=run.run_id, approval_ids=ids, body=body)
 
 
+def _still(conn: pg.Connection, run: _Run, found: Live) -> None:
+    """Writing the ledger may have fired a trigger of somebody else: it must not have changed anything governed."""
+    pg.run(conn, "SET CONSTRAINTS ALL IMMEDIATE", "making deferred constraints immediate")
+    pg.settings(conn, milliseconds(run.policy.apply.statement_timeout))
+    now = live.read(conn, run.desired).items
+    if moved := sorted(address for address in {*now, *found.items} if now.get(address) != found.items.get(address)):
+        raise Stale(
+            "Rolled back: writing the ledger entry changed what is governed.",
+            details=moved,
+            hint="Somebody put a trigger or a rule on reconciler.entry.",
+        )
+
+
 def manifest(desired: Desired, found: Live) -> dict[str, Json]:
     """Everything declared, in its live form: what the next drift is measured against."""
     entries: dict[str, Json] = {}
@@ -595,6 +636,10 @@ def _commit(conn: pg.Connection, run: _Run, xid: str) -> None:
     """COMMIT; when the answer is lost, ask the ledger and pg_xact_status on a new connection."""
     try:
         conn.execute("COMMIT")
+    except KeyboardInterrupt:
+        # Too late to stop it, or just in time: only the server knows.
+        if not _was_committed(run, xid):
+            raise
     except psycopg.Error as error:
         if not (conn.closed or conn.broken):
             # The server answered: it refused, and has rolled back.

@@ -522,10 +522,9 @@ def _colour(no_color: bool) -> bool:
 
 
 def _json(document: Model | dict[str, Any]) -> None:
-    import json
+    from reconciler.render.text import as_json
 
-    data: dict[str, Any] = document if isinstance(document, dict) else document.dump()
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    click.echo(as_json(document if isinstance(document, dict) else document.dump()))
 
 
 def _fail(error: ReconcilerError) -> int:

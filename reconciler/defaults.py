@@ -8,6 +8,7 @@ by text and is refused.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import uuid
@@ -212,18 +213,30 @@ def _constant(constant: pb.A_Const, wanted: str) -> str:
 def _number(value: Decimal, wanted: str) -> str:
     """A number without quotes, as short as the type it becomes allows."""
     if wanted in FLOATS:
-        value = Decimal(repr(float4(float(value)) if wanted == "real" else float(value)))
-        value = value.quantize(Decimal(1)) if value == value.to_integral_value() and abs(value) < 10**15 else value
-    text = format(value, "f")
+        value = _shortest(value, wanted)
+    text = _in_full(value)
     if wanted in INTEGERS and not _fits(text, wanted):
         raise _NoOneText
     return text
 
 
+def _shortest(value: Decimal, wanted: str) -> Decimal:
+    """The shortest decimal that is the same float, as float8out writes it."""
+    number = float4(float(value)) if wanted == "real" else float(value)
+    if not math.isfinite(number):
+        raise _NoOneText
+    return Decimal(repr(number)).normalize()
+
+
+def _in_full(value: Decimal) -> str:
+    """As numeric_out writes it: no exponent, no negative zero."""
+    return format(value or abs(value), "f")
+
+
 def _fits(text: str, wanted: str) -> bool:
     """Whether `text` is an integer that type `wanted` can hold without changing it."""
     low, high = INTEGERS.get(wanted, (1, 0))
-    return re.fullmatch(r"-?\d+", text) is not None and low <= int(text) <= high
+    return re.fullmatch(r"-?\d{1,20}", text) is not None and low <= int(text) <= high
 
 
 def float4(value: float) -> float:
@@ -335,7 +348,7 @@ def _write_json(part: Json) -> str:
         case list():
             return "[" + ", ".join(map(_write_json, cast("list[Json]", part))) + "]"
         case Decimal():
-            return format(part, "f")
+            return _in_full(part)
         case _:
             return json.dumps(part, ensure_ascii=False)
 

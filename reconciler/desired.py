@@ -32,7 +32,7 @@ from reconciler.parts import Captured, Complaint, Context, relation
 from reconciler.yamltext import Document, parse, read_text, validate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
 
@@ -167,20 +167,49 @@ def schema() -> dict[str, Json]:
         definitions.update(body.pop("$defs", {}))
         return body
 
-    properties: dict[str, Json] = {"governance": of(Governance)}
+    governance = of(Governance)
+    common, definitions = definitions, {}
+    properties: dict[str, Json] = {}
     for kind in kinds().values():
         properties[kind.section] = {"type": "object", "additionalProperties": of(kind.Declaration)}
     for check in checks().values():
         forms = [of(form) for form in check.forms()]
         properties[check.section] = {"type": "object", "additionalProperties": {"anyOf": forms}}
+    # Everywhere but in governance itself a value may be a variable.
+    properties = {section: _fillable(body) for section, body in properties.items()}
+    definitions = {name: _fillable(body) for name, body in definitions.items()}
+    definitions |= common
+    definitions["Variable"] = {
+        "type": "object",
+        "properties": {"var": {"type": "string"}},
+        "required": ["var"],
+        "additionalProperties": False,
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "reconciler state",
         "type": "object",
         "additionalProperties": False,
-        "properties": properties,
+        "properties": {"governance": governance, **properties},
         "$defs": definitions,
     }
+
+
+def _fillable(schema: dict[str, Json]) -> dict[str, Json]:
+    """The schema with `{var: name}` allowed in the place of each value below."""
+
+    def either(value: dict[str, Json]) -> dict[str, Json]:
+        return {"anyOf": [_fillable(value), {"$ref": "#/$defs/Variable"}]}
+
+    result = dict(schema)
+    if "properties" in schema:
+        result["properties"] = {name: either(value) for name, value in schema["properties"].items()}
+    for word in ("additionalProperties", "items"):
+        if isinstance(schema.get(word), dict):
+            result[word] = either(schema[word])
+    if "anyOf" in schema:
+        result["anyOf"] = [_fillable(branch) for branch in schema["anyOf"]]
+    return result
 
 
 def _in_order(problems: Iterable[Problem]) -> list[Problem]:
@@ -202,6 +231,9 @@ def _documents(directory: Path) -> tuple[dict[str, Document], list[Problem], str
     files = sorted(path for path in directory.rglob("*") if path.suffix in {".yaml", ".yml", ".sql"})
     for path in files:
         name = str(path)
+        if not _is_text(path.relative_to(directory)):
+            problems.append(Problem(name, None, None, "the name of this file is not UTF-8: rename it"))
+            continue
         if path.suffix == ".yml":
             problems.append(Problem(name, None, None, "only *.yaml is read: rename it, so that nothing goes unseen"))
             continue
@@ -225,6 +257,14 @@ def _documents(directory: Path) -> tuple[dict[str, Document], list[Problem], str
             )
         )
     return documents, problems, sha.hexdigest()
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _merge(documents: Mapping[str, Document]) -> tuple[dict[str, dict[str, _Entry]], list[Problem]]:
@@ -363,27 +403,23 @@ def _items(
             problems += found
             if declaration is None:
                 continue
+            problems += _gates_exist(entry, getattr(declaration, "gates", ()), sections.get("gates", {}))
             spec, rules, complaints = kind.declare(name, declaration, context)
             problems += _placed(entry, complaints)
             if spec is not None and rules is not None:
                 item = Declared(kind.name, name, spec, rules, entry.place)
                 items[item.address] = item
-    problems += _gates_exist(items, sections)
     return items, problems
 
 
-def _gates_exist(items: Mapping[str, Declared], sections: Mapping[str, Mapping[str, _Entry]]) -> list[Problem]:
+def _gates_exist(entry: _Entry, gates: Sequence[str], known: Collection[str]) -> list[Problem]:
     """A function may only name gates that are declared: a misspelt gate would guard nothing."""
     problems: list[Problem] = []
-    known = sections.get("gates", {})
-    for item in items.values():
-        gates: tuple[str, ...] = getattr(item.rules, "gates", ())
-        for index, gate in enumerate(gates):
-            if gate not in known:
-                near = difflib.get_close_matches(gate, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                entry = sections["functions"][item.name]
-                problems.append(entry.problem(f"gate {gate!r} is not declared{hint}", ("gates", index), value=True))
+    for index, gate in enumerate(gates):
+        if gate not in known:
+            near = difflib.get_close_matches(gate, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(entry.problem(f"gate {gate!r} is not declared{hint}", ("gates", index), value=True))
     return problems
 
 

@@ -80,7 +80,9 @@ def _schemas_of_tables(desired: Desired) -> set[str]:
     return {relation(table)[0] for table in tables}
 
 
+# SELECT around WITH: who reads the server's log sees at the first word that a run only reads.
 _NOT_COMPARED = """
+SELECT q.* FROM (
 WITH n AS (SELECT oid, nspname FROM pg_catalog.pg_namespace WHERE nspname = ANY (%(schemas)s::pg_catalog.name[])),
 counted AS (
     SELECT CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'table' WHEN 'v' THEN 'view'
@@ -129,5 +131,6 @@ UNION ALL
 SELECT 'extension', 'database (see invariants)', pg_catalog.count(*) FROM pg_catalog.pg_extension
 UNION ALL
 SELECT 'publication', 'database', pg_catalog.count(*) FROM pg_catalog.pg_publication HAVING pg_catalog.count(*) > 0
+) AS q
 ORDER BY 1, 2
 """

@@ -155,7 +155,7 @@ def unreadable(conn: pg.Connection, relations: Sequence[str]) -> tuple[str, str]
               FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
              WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
             """,
-            tuple(name.split(".", 1)),
+            relation(name),
         )
         if not found:
             return f"relation {name}", f"there is no relation {name}"

@@ -45,6 +45,11 @@ def connect(dsn: str | None, command: str) -> Connection:
     command: the reconciler command, shown to DBAs as `application_name`.
     Raises ServerProblem in one sentence, never with the password.
     """
+    if re.match(r"postgres(?:ql)?://[^/?#]*@[^/?#]*@", dsn or ""):
+        # libpq would take the rest of the password for the host, and quote it.
+        raise ServerProblem(
+            "The connection string cannot be read: it has two @ before the host.", hint="Write %40 for @ in a password."
+        )
     try:
         return psycopg.Connection[dict[str, Any]].connect(
             dsn or "",

@@ -104,10 +104,10 @@ def masked(plan: Plan) -> Plan:
     def hidden(change: Change) -> Change:
         if change.after is None:
             return change
-        kind = kinds()[change.kind]
-        after = kind.masked(kind.load(change.after))
+        kind, rules = kinds()[change.kind], desired.items[change.address].rules
+        after = kind.masked(kind.load(change.after), rules)
         before = None if change.before is None else kind.load(change.before)
-        statements = kind.render(before, after, desired.items[change.address].rules, change.context)
+        statements = kind.render(before, after, rules, change.context)
         return change.model_copy(update={"after": after.dump(), "statements": statements})
 
     return plan.model_copy(update={"changes": tuple(hidden(change) for change in plan.changes)})

@@ -7,8 +7,9 @@ functions, so that a file and the catalog have one form. Declared queries are ju
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from postgast import PgQueryError, parse_plpgsql
 from postgast import pg_query_pb2 as pb
@@ -398,7 +399,7 @@ def parse_identity(text: str) -> tuple[str | None, list[Trouble]]:
     """The one form of what a person wrote as `schema.name(types)`, or what is wrong with it."""
     parts, troubles = _identity_parts(text)
     if parts is None:
-        return None, troubles
+        return None, list(troubles)
     schema, name, types = parts
     return f"{quote_ident(schema)}.{quote_ident(name)}({', '.join(types)})", []
 
@@ -418,7 +419,8 @@ def _identity_parts(text: str) -> tuple[tuple[str, str, tuple[str, ...]] | None,
     if statement is None:
         return None, [shifted(trouble, len(prefix)) for trouble in troubles]
     drop = statement.node.drop_stmt
-    if not statement.node.HasField("drop_stmt") or len(drop.objects) != 1 or drop.behavior != pb.DROP_RESTRICT:
+    plain = drop.behavior == pb.DROP_RESTRICT and not drop.missing_ok
+    if not statement.node.HasField("drop_stmt") or len(drop.objects) != 1 or not plain:
         return None, [Trouble(1, 1, "write one routine as schema.name(argument types)")]
     routine = drop.objects[0].object_with_args
     names = strings(routine.objname)
@@ -437,13 +439,24 @@ NOT_THE_AUTHORS = re.compile(
     r"""
     Not\ implemented | cache\ lookup\ failed | type\ .*does\ not\ exist
     | has\ pseudo-type\ | is\ not\ a\ scalar\ variable | record\ variable\ cannot\ be\ part
+    | VARIADIC\ parameter\ must\ be\ an\ array
     """,
     re.VERBOSE,
 )
-"""What postgast 0.2 says of types that it cannot know: it takes a variable of another type for a record."""
+"""What postgast 0.2 says of types that it cannot know: it takes a variable of another type for a record.
+
+Whether a VARIADIC argument is an array is judged by `parse_routine`."""
 
 
 STRINGS = (pb.Token.SCONST, pb.Token.USCONST)
+
+
+class _Body(NamedTuple):
+    """The body of a routine: its text; where it stands in the file with its quotes, and where it starts (bytes)."""
+
+    text: str
+    token: tuple[int, int]
+    start: int
 
 
 def check_body(text: str) -> tuple[list[Trouble], bool]:
@@ -458,30 +471,35 @@ def check_body(text: str) -> tuple[list[Trouble], bool]:
     options = {node.def_elem.defname: node.def_elem for node in statement.node.create_function_stmt.options}
     if "language" not in options or "as" not in options:
         return [], False
-    span = _body_span(text, options["as"].location)
+    body = _body(text, options["as"])
     match options["language"].arg.string.sval:
         case "sql":
-            body = strings(options["as"].arg.list.items)[0]
-            return [_in_file(text, span, trouble) for trouble in statements_of(body)[1]], True
+            return [_in_file(text, body, trouble) for trouble in statements_of(body.text)[1]], True
         case "plpgsql":
-            return _check_plpgsql(text, span)
+            return _check_plpgsql(text, body)
         case _:
             return [], False
 
 
-def _check_plpgsql(text: str, span: tuple[int, int]) -> tuple[list[Trouble], bool]:
+def _body(text: str, option: pb.DefElem) -> _Body:
+    """The string after AS; `option` is that of AS."""
+    after = (token for token in tokens_of(text)[0] if token.start >= option.location and token.token in STRINGS)
+    token = next(after)
+    opening = re.match(rb"\$[^$]*\$|[eE]?'|[uU]&'", text.encode()[token.start : token.end])
+    start = token.start + (len(opening[0]) if opening is not None else 0)
+    return _Body(strings(option.arg.list.items)[0], (token.start, token.end), start)
+
+
+def _check_plpgsql(text: str, body: _Body) -> tuple[list[Trouble], bool]:
     error = _plpgsql_error(text)
     if error is None:
         return [], True
-    body = text.encode()[slice(*span)].decode()
-    loop_over_unknown = error.message.endswith('at or near ","') and re.search(r"(?i)\bfor\s+[^;]*,", body) is not None
-    if NOT_THE_AUTHORS.search(error.message) or loop_over_unknown:
+    comma = error.message.endswith('at or near ","') and re.search(r"(?i)\bfor\s+[^;]*,", body.text) is not None
+    if comma or NOT_THE_AUTHORS.search(error.message):
         return [], False
-    near = re.search(r"near line (\d+)", error.context or "")
-    if near is None:
-        return [at(text, span[0], error.message)], True
-    line = _error_line(text, span, error.message, int(near[1]))
-    return [_in_file(text, span, Trouble(line, None, error.message))], True
+    if error.context is None:
+        return [at(text, body.start, error.message)], True
+    return [_in_file(text, body, Trouble(_error_line(text, body), None, error.message))], True
 
 
 def _plpgsql_error(text: str) -> PgQueryError | None:
@@ -496,44 +514,27 @@ def _plpgsql_error(text: str) -> PgQueryError | None:
     return None
 
 
-def _error_line(text: str, span: tuple[int, int], message: str, near: int) -> int:
-    """The line of the body with the word that `message` quotes.
+def _error_line(text: str, body: _Body) -> int:
+    """The line of the body at which PostgreSQL gives up.
 
-    The parser only knows the line of the statement before. So each such word is replaced by one that is nowhere else:
-    when the message then quotes the new word, that was the one.
+    postgast says only near which statement. So a brace, which no statement can hold, is put before one word after the
+    other: as long as the parser complains of the brace, it had come that far without a complaint.
     """
-    raw = text.encode()
-    body = raw[slice(*span)]
-    quoted = re.search(r'"([^"]+)"', message)
-    tokens, troubles = tokens_of(body.decode())
-    if quoted is None or troubles:
-        return near
-    word = quoted[1].encode()
-    lines = {token.start: body.count(b"\n", 0, token.start) + 1 for token in tokens}
-    places = [token for token in tokens if body[token.start : token.end] == word and lines[token.start] >= near]
-    marker = b"47110815" if word.isdigit() else b"reconciler_was_here"
-    for token in places[:100]:
-        changed = raw[: span[0] + token.start] + marker + raw[span[0] + token.end :]
-        error = _plpgsql_error(changed.decode())
-        if error is not None and marker.decode() in error.message:
-            return lines[token.start]
-    return lines[places[0].start] if places else near
+    raw, inner, quote = text.encode(), body.text.encode(), b"$reconciler$"
+    before, after = raw[: body.token[0]] + quote, quote + raw[body.token[1] :]
+    places = [token.start for token in tokens_of(body.text)[0]]
+
+    def stopped_before(place: int) -> bool:
+        error = _plpgsql_error((before + inner[:place] + b" } " + inner[place:] + after).decode())
+        return error is None or "}" not in error.message
+
+    last = bisect_left(places, True, key=stopped_before) - 1
+    return inner.count(b"\n", 0, places[last]) + 1 if last >= 0 else 1
 
 
-def _body_span(text: str, location: int) -> tuple[int, int]:
-    """Where the body stands in `text` without its quotes, in bytes; `location` is that of AS."""
-    raw = text.encode()
-    strings_after = (token for token in tokens_of(text)[0] if token.start >= location and token.token in STRINGS)
-    token = next(strings_after)
-    opening = re.match(rb"\$[^$]*\$|[eE]?'|[uU]&'", raw[token.start : token.end])
-    before = len(opening[0]) if opening is not None else 0
-    after = before if raw[token.start : token.start + 1] == b"$" else 1
-    return token.start + before, token.end - after
-
-
-def _in_file(text: str, span: tuple[int, int], trouble: Trouble) -> Trouble:
+def _in_file(text: str, body: _Body, trouble: Trouble) -> Trouble:
     """The same trouble with its line counted in `text` instead of in the body."""
-    start = at(text, span[0], "")
+    start = at(text, body.start, "")
     if trouble.line is None or start.line is None or start.column is None:
         return start._replace(column=None, message=trouble.message)
     column = trouble.column

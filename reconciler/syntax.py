@@ -89,21 +89,31 @@ def at(text: str, location: int | None, message: str) -> Trouble:
     """A Trouble at byte `location` (from 0) of `text`; None or a negative one means that the place is not known."""
     if location is None or location < 0:
         return Trouble(None, None, message)
-    before = text.encode()[:location].decode(errors="ignore")
-    return Trouble(before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1, message)
+    return _at(text, len(text.encode()[:location].decode(errors="ignore")), message)
+
+
+def _at(text: str, index: int, message: str) -> Trouble:
+    before = text[:index]
+    return Trouble(before.count("\n") + 1, index - before.rfind("\n"), message)
+
+
+def _refused(text: str, error: PgQueryError) -> Trouble:
+    """What the parser said. Its places count characters, unlike those in trees and tokens."""
+    place = error.cursorpos - 1
+    return _at(text, place, error.message) if place >= 0 else Trouble(None, None, error.message)
 
 
 def tokens_of(text: str) -> tuple[list[pb.ScanToken], list[Trouble]]:
     """The words of `text` without comments, or what PostgreSQL's scanner says against it."""
     if "\x00" in text:
         # The C library stops reading there: what comes after would be checked by nobody.
-        return [], [at(text, len(text[: text.index("\x00")].encode()), "a NUL character is not allowed in SQL")]
+        return [], [_at(text, text.index("\x00"), "a NUL character is not allowed in SQL")]
     try:
         found = scan(text)
     except UnicodeEncodeError:
         return [], [Trouble(None, None, "the text is not valid Unicode")]
     except PgQueryError as error:
-        return [], [at(text, error.cursorpos - 1, error.message)]
+        return [], [_refused(text, error)]
     comments = (pb.Token.SQL_COMMENT, pb.Token.C_COMMENT)
     return [token for token in found.tokens if token.token not in comments], []
 
@@ -118,7 +128,7 @@ def statements_of(text: str) -> tuple[list[Statement], list[Trouble]]:
     try:
         tree = parse(text)
     except PgQueryError as error:
-        return [], [at(text, error.cursorpos - 1, error.message)]
+        return [], [_refused(text, error)]
     except DecodeError:
         return [], [Trouble(None, None, "the statement is nested too deeply to be checked")]
     starts = [next(token.start for token in tokens if token.start >= raw.stmt_location) for raw in tree.stmts]
@@ -162,8 +172,7 @@ def expression_of(text: str) -> tuple[pb.Node | None, list[Trouble]]:
         return None, [shifted(trouble, len(prefix)) for trouble in troubles]
     select = statement.node.select_stmt
     fields = [field.name for field, _ in select.ListFields() if field.name not in ("limit_option", "op")]
-    whole = tokens_of(text)[0][0].token != pb.Token.ALL
-    if fields != ["target_list"] or len(select.target_list) != 1 or not whole:
+    if fields != ["target_list"] or len(select.target_list) != 1 or tokens_of(text)[0][0].token == pb.Token.ALL:
         return None, [Trouble(1, 1, "exactly one expression is allowed here")]
     target = select.target_list[0].res_target
     if target.name:

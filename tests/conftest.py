@@ -41,6 +41,10 @@ class Command(Protocol):
     ) -> subprocess.CompletedProcess[str]: ...
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/*/expected from what is printed")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A worker of xdist is told where the run is; only the process that was called makes and removes it.
     told = getattr(config, "workerinput", {}).get("run")

@@ -1,5 +1,6 @@
 """Declared queries that must be accepted, and those that must not, whatever they pretend to be."""
 
+# ruff: noqa: E501 - one query on a line
 from __future__ import annotations
 
 SCHEMA = """
@@ -36,18 +37,24 @@ QUERIES = [
     "WITH a AS (SELECT 1 AS x) SELECT (SELECT max(x) FROM a), (WITH b AS (TABLE a) SELECT count(*) FROM b)",
     "SELECT id FROM app.jobs UNION ALL SELECT job_id FROM app.workers EXCEPT SELECT 7 ORDER BY 1 LIMIT 5 OFFSET 1",
     "SELECT x.n FROM (VALUES (1), (2)) AS x(n) INTERSECT SELECT 1",
-    "SELECT row_number() OVER (PARTITION BY status ORDER BY id DESC NULLS LAST), lag(id) OVER w, "
-    "sum(id) OVER (w ROWS BETWEEN 1 PRECEDING AND CURRENT ROW) FROM app.jobs WINDOW w AS (ORDER BY id)",
+    (
+        "SELECT row_number() OVER (PARTITION BY status ORDER BY id DESC NULLS LAST), lag(id) OVER w, "
+        "sum(id) OVER (w ROWS BETWEEN 1 PRECEDING AND CURRENT ROW) FROM app.jobs WINDOW w AS (ORDER BY id)"
+    ),
     "SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY amount), string_agg(actor, ',' ORDER BY id) FROM app.jobs",
     "SELECT status, grouping(status), count(*) FROM app.jobs GROUP BY GROUPING SETS ((status), ()), ROLLUP (id)",
     "SELECT DISTINCT ON (status) status, id FROM app.jobs ORDER BY status, id FETCH FIRST 3 ROWS ONLY",
     "SELECT extract(epoch FROM now() - last_tick_at) > 300 FROM app.workers",
     "SELECT (last_tick_at AT TIME ZONE 'UTC')::date, date_trunc('hour', last_tick_at) FROM app.workers",
     "SELECT id FROM app.jobs WHERE created_at BETWEEN now() - interval '1 day' AND CURRENT_TIMESTAMP",
-    "SELECT id FROM app.jobs WHERE actor LIKE 'a\\_%' ESCAPE '\\' OR actor ILIKE '%b' OR actor SIMILAR TO '(a|b)%' "
-    "OR actor ~ '^actor \\d+$' OR actor !~* 'x'",
-    "SELECT substring(actor FROM 1 FOR 3), trim(BOTH ' ' FROM actor), position('a' IN actor), upper(left(actor, 2)), "
-    "overlay(actor PLACING 'x' FROM 1), split_part(actor, ' ', 2), actor || '!' COLLATE \"C\" FROM app.jobs",
+    (
+        "SELECT id FROM app.jobs WHERE actor LIKE 'a\\_%' ESCAPE '\\' OR actor ILIKE '%b' OR actor SIMILAR TO '(a|b)%' "
+        "OR actor ~ '^actor \\d+$' OR actor !~* 'x'"
+    ),
+    (
+        "SELECT substring(actor FROM 1 FOR 3), trim(BOTH ' ' FROM actor), position('a' IN actor), upper(left(actor, 2)), "
+        "overlay(actor PLACING 'x' FROM 1), split_part(actor, ' ', 2), actor || '!' COLLATE \"C\" FROM app.jobs"
+    ),
     "SELECT payload ->> 'kind', payload -> 'kind' -> 'n', payload #>> '{kind,n}', payload @> '{}', payload ? 'kind' FROM app.jobs",
     "SELECT e.key, e.value FROM app.jobs j, LATERAL jsonb_each_text(j.payload) AS e",
     "SELECT x.value FROM app.jobs j CROSS JOIN LATERAL jsonb_array_elements('[1,2]'::jsonb) AS x(value)",
@@ -61,10 +68,14 @@ QUERIES = [
     "SELECT ROW(1, 2) = ROW(1, 2), (1, 2) < (1, 3), ARRAY(SELECT 1), ARRAY[[1, 2], [3, 4]]",
     "SELECT period && tstzrange(now(), NULL), upper(period), lower(period), isempty(period) FROM app.jobs",
     "SELECT (now(), now()) OVERLAPS (now(), now()), make_interval(hours => 3), to_char(now(), 'YYYY-MM-DD')",
-    "SELECT proname, pg_get_functiondef(oid), obj_description(oid, 'pg_proc'), proowner::regrole FROM pg_catalog.pg_proc "
-    "WHERE pronamespace = 'app'::regnamespace",
-    "SELECT a.grantee, a.privilege_type FROM pg_catalog.pg_class c, LATERAL aclexplode(c.relacl) AS a "
-    "WHERE c.oid = 'app.jobs'::regclass",
+    (
+        "SELECT proname, pg_get_functiondef(oid), obj_description(oid, 'pg_proc'), proowner::regrole FROM pg_catalog.pg_proc "
+        "WHERE pronamespace = 'app'::regnamespace"
+    ),
+    (
+        "SELECT a.grantee, a.privilege_type FROM pg_catalog.pg_class c, LATERAL aclexplode(c.relacl) AS a "
+        "WHERE c.oid = 'app.jobs'::regclass"
+    ),
     "SELECT conname, pg_get_constraintdef(oid) FROM pg_catalog.pg_constraint WHERE conrelid = to_regclass('app.jobs')",
     "SELECT tgname FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid WHERE NOT tgisinternal",
     "SELECT has_table_privilege('app.jobs', 'SELECT'), pg_has_role('pg_monitor', 'MEMBER'), current_user, current_database()",
@@ -186,6 +197,11 @@ ATTACKS = [
     "SELECT x.pg_sleep FROM generate_series(1, 10) AS x, LATERAL (SELECT y.* FROM unnest('{1}'::int[]) AS x(pg_sleep)) AS y",
     "SELECT x.set_config FROM unnest(ARRAY['a']) AS x",
     "SELECT x.lo_unlink FROM unnest(ARRAY[1]) AS x",
+    'SELECT "coalesce".pg_sleep FROM COALESCE(10)',
+    "SELECT int4.lo_unlink FROM CAST(1 AS int4)",
+    "SELECT x.nextval FROM CAST('app.s' AS regclass) AS x",
+    'SELECT "current_user".length FROM current_user',
+    "SELECT nowhere.lo_unlink FROM app.jobs",
     "SELECT (10).pg_sleep",
     "SELECT (ARRAY[10])[1].pg_sleep",
     "SELECT (SELECT 10).pg_sleep",
@@ -228,6 +244,7 @@ ATTACKS = [
     "SELECT repeat('x', 1000000000)",
     "SELECT lpad('x', 1000000000), format('%1000000000s', '')",
     "SELECT array_fill(1, ARRAY[100000000])",
+    "SELECT pg_input_is_valid('x', 'app.evil_domain')",
     "SELECT random(), clock_timestamp(), gen_random_uuid()",
     "SELECT pg_show_all_settings()",
     "SELECT pg_stat_get_activity(NULL)",

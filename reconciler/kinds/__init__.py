@@ -103,7 +103,7 @@ class Kind(ABC, Generic[D, S, R]):
         """What of a live object the ledger remembers and drift is judged by."""
         return live
 
-    def masked(self, after: S) -> S:
+    def masked(self, after: S, rules: R) -> S:
         """The wanted object without values that a plan for strangers must not show."""
         return after
 

@@ -8,7 +8,7 @@ from psycopg import sql
 from pydantic import Field
 
 from reconciler import pg
-from reconciler.errors import Problem, Stale
+from reconciler.errors import Problem, ServerProblem, Stale
 from reconciler.kinds import Blocked, Kind, Reading, Wanted
 from reconciler.model import (
     Change,
@@ -23,7 +23,7 @@ from reconciler.model import (
     Statement,
     glob_regex,
 )
-from reconciler.parts import Complaint, Context, complete, identifier, table
+from reconciler.parts import Complaint, Context, complete, identifier, raw, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,15 +120,22 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
         facts: dict[str, Mapping[str, Json]] = {}
         findings: list[Finding] = []
         for name, store in stores.items():
-            declared = {item.name for item in wanted if isinstance(item.rules, GateRules) and item.rules.store == store}
+            declared = {
+                item.name: _texts(item.spec, item.rules)
+                for item in wanted
+                if isinstance(item.spec, GateSpec) and isinstance(item.rules, GateRules) and item.rules.store == store
+            }
             patterns = [glob_regex(entry.matching) for entry in scope.gates if entry.store == name]
             if not declared and not patterns:
                 continue
+            kind = _value_type(conn, name, store)
+            for key, texts in declared.items():
+                facts[f"{self.name}.{key}"] = {"stored_as": _stored_as(conn, store, key, texts, kind)}
             for row in _rows(conn, name, store, sorted(declared), patterns):
                 address = f"{self.name}.{row['key']}"
                 if row["key"] in declared:
                     items[address] = GateSpec(table=store.table, key=row["key"], value=row["value"])
-                    facts[address] = {"xmin": row["xmin"], "updated_at": row["updated_at"]}
+                    facts[address] = {**facts[address], "xmin": row["xmin"], "updated_at": row["updated_at"]}
                 else:
                     message = f"key {row['key']} in {store.table} is in scope but no file declares it"
                     findings.append(Finding(code="undeclared", address=address, message=message))
@@ -137,20 +144,26 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
     def decide(
         self, spec: GateSpec, rules: GateRules, live: GateSpec | None, facts: Mapping[str, Json]
     ) -> Wanted | None:
-        """In sync when the stored text is equal. Otherwise the live value must be one that `from` and `order` allow."""
+        """In sync when the stored text is equal. Otherwise the live value must be one that `from` and `order` allow.
+
+        A declared text that the column would store as another one is never equal to anything: it is refused.
+        """
+        stored_as: Mapping[str, Json] = facts.get("stored_as", {})
+        for text in _texts(spec, rules):
+            if stored_as.get(text, text) != text:
+                raise Blocked(f"the column stores {text!r} as {stored_as[text]!r}; write it as it is stored")
         if live == spec:
             return None
         if live is not None:
             where = f" (updated_at {facts['updated_at']})" if facts.get("updated_at") else ""
+            shown = "NULL" if live.value is None else repr(live.value)
             if rules.from_ and live.value not in rules.from_:
                 allowed = ", ".join(repr(value) for value in rules.from_)
-                raise Blocked(f"the live value is {live.value!r}{where}; `from` allows only {allowed}")
+                raise Blocked(f"the live value is {shown}{where}; `from` allows only {allowed}")
             if rules.order and live.value not in rules.order:
-                raise Blocked(
-                    f"the live value {live.value!r}{where} is not in `order`, so nobody can say if it moves back"
-                )
+                raise Blocked(f"the live value {shown}{where} is not in `order`, so nobody can say if it moves back")
             if rules.order and rules.order.index(str(live.value)) > rules.order.index(str(spec.value)):
-                raise Blocked(f"{live.value!r}{where} would move back to {spec.value!r}; `order` never moves back")
+                raise Blocked(f"{shown}{where} would move back to {spec.value!r}; `order` never moves back")
         return Wanted(spec)
 
     def render(
@@ -215,11 +228,40 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
             raise Stale(f"The plan is stale: {change.address} is no longer the row that was approved.")
 
 
+def _texts(spec: GateSpec, rules: GateRules) -> tuple[str, ...]:
+    """Every text that is compared with the stored one."""
+    given = (spec.value, rules.safe, *rules.from_, *rules.order)
+    return tuple(dict.fromkeys(text for text in given if text is not None))
+
+
+def _value_type(conn: pg.Connection, name: str, store: GateStore) -> str:
+    """The type of the value column. Raises ServerProblem for one without equality: compare-and-set needs it."""
+    extra = [column for column in (store.description, store.updated_at) if column]
+    kind = table(conn, store.table, f"gate store {name}", [store.key], [store.value, *extra]).columns[store.value]
+    if kind in {"json", "xml"}:
+        raise ServerProblem(
+            f"gate store {name}: column {store.value} of {store.table} is {kind}, which has no equality.",
+            hint="Make it text, or jsonb.",
+        )
+    return kind
+
+
+def _stored_as(conn: pg.Connection, store: GateStore, key: str, texts: Sequence[str], kind: str) -> dict[str, Json]:
+    """What a value column that is no text makes of each declared text, for example of `{"b":1}` in jsonb.
+
+    Raises ServerProblem for a text that is no value of the type.
+    """
+    if kind == "text":
+        return {}
+    forms = [sql.SQL("{}::{}::pg_catalog.text").format(sql.Literal(text), raw(kind)) for text in texts]
+    query = sql.SQL("SELECT ARRAY[{}]::pg_catalog.text[] AS forms").format(sql.SQL(", ").join(forms))
+    found = pg.rows(conn, query, doing=f"reading gate.{key} as {kind}, the type of {store.value} in {store.table}")
+    return dict(zip(texts, found[0]["forms"], strict=True))
+
+
 def _rows(
     conn: pg.Connection, name: str, store: GateStore, keys: Sequence[str], patterns: Sequence[str]
 ) -> list[dict[str, Any]]:
-    extra = [column for column in (store.description, store.updated_at) if column]
-    table(conn, store.table, f"gate store {name}", [store.key], [store.value, *extra])
     updated_at = (
         sql.SQL("{}::pg_catalog.text").format(sql.Identifier(store.updated_at)) if store.updated_at else sql.SQL("NULL")
     )

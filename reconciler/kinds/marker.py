@@ -242,9 +242,9 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         """That the row exists: what it holds belongs to the executor once it ticks."""
         return MarkerSpec(table=live.table, key=live.key, columns={})
 
-    def masked(self, after: MarkerSpec) -> MarkerSpec:
+    def masked(self, after: MarkerSpec, rules: MarkerRules) -> MarkerSpec:
         """Bound values as a digest: they come from a query, and what a planner may read a pull request could print."""
-        shown = {column: _digest(value) for column, value in after.columns.items()}
+        shown = {column: _digest(value) if column in rules.bind else value for column, value in after.columns.items()}
         return MarkerSpec(table=after.table, key=after.key, columns=shown, queries=after.queries)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -163,13 +164,15 @@ class _Page:
         self._used: list[str] = []
         self._colour = colour
 
-    def line(self, *texts: str, symbol: str = "") -> None:
+    def line(self, *texts: str, symbol: str = "", colour: str = "") -> None:
+        """`symbol`: one of the legend, with its colour. `colour`: a colour alone, for the lines of a diff."""
+        chosen = COLOURS.get(symbol, colour)
         for text in texts:
             shown = printable(text).replace(
                 "\n", "\\n"
             )  # a name with a line end in it must not look like a line of ours
-            if self._colour and symbol:
-                shown = f"\x1b[{COLOURS[symbol]}m{shown}\x1b[0m"
+            if self._colour and chosen:
+                shown = f"\x1b[{chosen}m{shown}\x1b[0m"
             self._lines.append(shown)
         if symbol in MEANING and symbol not in self._used:
             self._used.append(symbol)
@@ -184,14 +187,27 @@ class _Page:
         return "\n".join(self._lines) + "\n"
 
 
+def as_json(document: Json) -> str:
+    """JSON for people and programs: the same document, and harmless on a terminal as well."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    # Such characters stand inside of strings only, where \uXXXX means the same.
+    return _HARMFUL.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
 def printable(text: str) -> str:
     """The text with every character that moves, hides or reorders text (all but tab and line feed) written out."""
-    return re.sub(
-        "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
-        "\U000e0000-\U000e0fff]",
-        lambda match: f"\\u{ord(match[0]):04x}" if ord(match[0]) < 0x10000 else f"\\U{ord(match[0]):08x}",
-        text,
-    )
+
+    def written(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+    return _HARMFUL.sub(written, text)
+
+
+_HARMFUL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]"
+)
 
 
 def _target(target: Target) -> str:
@@ -240,7 +256,7 @@ def _field(page: _Page, field: FieldChange) -> None:
     if isinstance(before, str) and isinstance(after, str) and ("\n" in before or "\n" in after):
         page.line(f"      {field.name}:")
         for text in _unified(before, after):
-            page.line(f"        {text}", symbol=text[:1] if text[:1] in "+-" else "")
+            page.line(f"        {text}", colour=COLOURS.get(text[:1], "") if text[:1] in "+-" else "")
         return
     page.line(f"      {field.name}: {_value(before)} -> {_value(after)}")
 
@@ -252,6 +268,8 @@ def _unified(before: str, after: str) -> Iterable[str]:
 
 
 def _value(value: Json) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as canonical JSON writes it
     text = "nothing" if value is None else repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= SHORT else f"{text[:SHORT]}… ({len(text)} characters)"
 

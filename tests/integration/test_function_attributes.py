@@ -122,7 +122,9 @@ CASES = [
     Case(
         "language internal",
         TAGS,
-        ("CREATE OR REPLACE FUNCTION app.fn_tags(tags text[]) RETURNS text LANGUAGE internal IMMUTABLE COST 100 AS 'lower'",),
+        (
+            "CREATE OR REPLACE FUNCTION app.fn_tags(tags text[]) RETURNS text LANGUAGE internal IMMUTABLE COST 100 AS 'lower'",
+        ),
         {"body", "language"},
     ),
     Case(
@@ -137,8 +139,13 @@ CASES = [
     Case("argument name", PROBE, anew(("who text", "whom text")), {"args"}, replaced=True),
     Case("argument name lost", PROBE, anew(("who text", "text")), {"args"}),
     Case("argument mode VARIADIC", TAGS, anew(("(tags text[])", "(VARIADIC tags text[])")), {"args"}, replaced=True),
-    Case("argument mode INOUT", TAGS, anew(("(tags text[])", "(INOUT tags text[])"), ("RETURNS text\n", "\n")),
-         {"args", "returns"}, replaced=True),  # fmt: skip
+    Case(
+        "argument mode INOUT",
+        TAGS,
+        anew(("(tags text[])", "(INOUT tags text[])"), ("RETURNS text\n", "\n")),
+        {"args", "returns"},
+        replaced=True,
+    ),  # fmt: skip
     Case("argument OUT added", TAGS, anew(("(tags text[])", "(tags text[], OUT first text)")), {"args"}, replaced=True),
     Case(
         "returns TABLE",
@@ -179,7 +186,9 @@ CASES = [
         (
             "CREATE TRANSFORM FOR integer LANGUAGE plpgsql (FROM SQL WITH FUNCTION pg_catalog.prsd_lextype(internal),"
             " TO SQL WITH FUNCTION pg_catalog.int4recv(internal))",
-            SOURCES[PROBE].replace("CREATE", "CREATE OR REPLACE").replace("STABLE", "TRANSFORM FOR TYPE integer STABLE"),
+            SOURCES[PROBE]
+            .replace("CREATE", "CREATE OR REPLACE")
+            .replace("STABLE", "TRANSFORM FOR TYPE integer STABLE"),
         ),
         {"transforms"},
     ),
@@ -230,8 +239,12 @@ CASES = [
     Case("procedure: setting", STEP, alter(STEP, "SET work_mem = '9MB'"), {"config"}),
     Case("procedure: path lost", STEP, alter(STEP, "RESET search_path"), {"config"}),
     Case("procedure: owner", STEP, alter(STEP, "OWNER TO {stranger}"), {"acl", "owner"}),
-    Case("procedure: grants unset", STEP, (f"UPDATE pg_proc SET proacl = NULL WHERE oid = '{STEP}'::regprocedure",),
-         {"acl"}),  # fmt: skip
+    Case(
+        "procedure: grants unset",
+        STEP,
+        (f"UPDATE pg_proc SET proacl = NULL WHERE oid = '{STEP}'::regprocedure",),
+        {"acl"},
+    ),  # fmt: skip
     Case("procedure: grant too many", STEP, (f"GRANT EXECUTE ON PROCEDURE {STEP} TO {{stranger}}",), {"acl"}),
     Case("procedure: comment", STEP, (f"COMMENT ON PROCEDURE {STEP} IS NULL",), {"comment"}),
     Case("procedure: default", STEP, again("DEFAULT 1", "DEFAULT 2"), {"args"}),
@@ -450,9 +463,7 @@ def test_default_privileges_do_not_leak(db: Database, tmp_path: Path, privileges
         " JOIN pg_roles r ON r.oid = a.grantor LEFT JOIN pg_roles g ON g.oid = a.grantee WHERE p.oid = %s::regprocedure",
         [PROBE],
     )
-    assert sorted(granted) == sorted(
-        [(system.owner, system.owner, False), (system.caller, system.owner, False)]
-    )
+    assert sorted(granted) == sorted([(system.owner, system.owner, False), (system.caller, system.owner, False)])
 
 
 def test_the_files_change_and_so_does_the_function(db: Database, tmp_path: Path) -> None:
@@ -479,7 +490,7 @@ AS $$SELECT $1$$;
 
 # -------------------------------------------------------------------------------------------- what a file may hold
 
-ODD = '''CREATE FUNCTION app."Fn ""odd"" %s"("select" text, "Zeit, ""ja"" %(x)s" integer DEFAULT 1) RETURNS text
+ODD = """CREATE FUNCTION app."Fn ""odd"" %s"("select" text, "Zeit, ""ja"" %(x)s" integer DEFAULT 1) RETURNS text
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
 AS $outer$
@@ -487,7 +498,7 @@ BEGIN
     RETURN "select" || $function$ a $function1$ b $function$ || '\\n%s {{}} Đ ''x'' ' || "Zeit, ""ja"" %(x)s";
 END
 $outer$;
-'''
+"""
 
 BODIES = {
     "CRLF": "\r\nBEGIN\r\n    RETURN 'a';\r\nEND\r\n",
@@ -535,13 +546,13 @@ def test_names_that_need_quotes(db: Database, tmp_path: Path) -> None:
         db.execute(f"GRANT USAGE, CREATE ON SCHEMA app TO {quoted}")
         system.state["governance"]["scope"]["functions"] = [{"schema": "app", "matching": "Fn*"}]
         address = 'app."Fn ""odd"" %s"(text, integer)'
-        system.function(address, ODD, owner=odd_role, execute=[odd_role, system.caller], comment="It's \"%s\" \\ {}")
+        system.function(address, ODD, owner=odd_role, execute=[odd_role, system.caller], comment='It\'s "%s" \\ {}')
         system.write().settle()
         (answer,) = db.execute('SELECT app."Fn ""odd"" %%s"(%s)', ["<"])
         assert answer == ("< a $function1$ b \\n%s {{}} Đ 'x' 1",)
         db.execute('COMMENT ON FUNCTION app."Fn ""odd"" %s"(text, integer) IS NULL')
-        db.execute(f'REVOKE EXECUTE ON FUNCTION {address} FROM {system.caller}')
-        db.execute(f'GRANT EXECUTE ON FUNCTION {address} TO {system.stranger}')
+        db.execute(f"REVOKE EXECUTE ON FUNCTION {address} FROM {system.caller}")
+        db.execute(f"GRANT EXECUTE ON FUNCTION {address} TO {system.stranger}")
         assert roots(only_change(system)) == {"acl", "comment"}
         system.settle()
     finally:
@@ -551,7 +562,10 @@ def test_names_that_need_quotes(db: Database, tmp_path: Path) -> None:
 
 SETTINGS = {
     "empty path": ("SET search_path = ''", 'search_path=""'),
-    "quoted path": ('SET search_path = "My Schema", "a,b", "q""q", pg_temp', 'search_path="My Schema", "a,b", "q""q", pg_temp'),
+    "quoted path": (
+        'SET search_path = "My Schema", "a,b", "q""q", pg_temp',
+        'search_path="My Schema", "a,b", "q""q", pg_temp',
+    ),
     "user path": ('SET search_path = "$user", pg_temp', 'search_path="$user", pg_temp'),
     "one name with comma": ("SET search_path = 'a, b'", 'search_path="a, b"'),
     "date style": ("SET datestyle = 'ISO', 'DMY'", "DateStyle=ISO, DMY"),
@@ -611,7 +625,11 @@ SHAPES = {
         "CREATE FUNCTION app.fn_shape(INOUT a integer, VARIADIC b numeric(10, 2)[] DEFAULT '{}') LANGUAGE sql AS $$SELECT a$$",
         False,
     ),
-    "unnamed": ("app.fn_shape(text, text)", "CREATE FUNCTION app.fn_shape(text, text) RETURNS text LANGUAGE sql AS 'SELECT $1'", False),
+    "unnamed": (
+        "app.fn_shape(text, text)",
+        "CREATE FUNCTION app.fn_shape(text, text) RETURNS text LANGUAGE sql AS 'SELECT $1'",
+        False,
+    ),
     "own types": (
         "app.fn_shape(app.heartbeat, app.settings[])",
         "CREATE FUNCTION app.fn_shape(h app.heartbeat, s app.settings[]) RETURNS app.heartbeat LANGUAGE sql AS 'SELECT h'",
@@ -620,7 +638,7 @@ SHAPES = {
     "defaults": (
         "app.fn_shape(text, integer, boolean, jsonb, timestamp with time zone, uuid, numeric, text[], interval)",
         "CREATE FUNCTION app.fn_shape(a text DEFAULT 'it''s', b integer DEFAULT -1, c boolean DEFAULT true,"
-        " d jsonb DEFAULT '{\"b\": 1, \"a\": 2}', e timestamp with time zone DEFAULT NULL, f uuid DEFAULT NULL,"
+        ' d jsonb DEFAULT \'{"b": 1, "a": 2}\', e timestamp with time zone DEFAULT NULL, f uuid DEFAULT NULL,'
         " g numeric DEFAULT 1.50, h text[] DEFAULT '{}', i interval DEFAULT '5 minutes')"
         " RETURNS text LANGUAGE sql AS 'SELECT a'",
         False,
@@ -630,7 +648,11 @@ SHAPES = {
         "CREATE PROCEDURE app.fn_shape(a integer, OUT b integer, INOUT c text DEFAULT 'x') LANGUAGE sql AS $$SELECT 1, 'x'$$",
         False,
     ),
-    "trigger": ("app.fn_shape()", "CREATE FUNCTION app.fn_shape() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'", False),
+    "trigger": (
+        "app.fn_shape()",
+        "CREATE FUNCTION app.fn_shape() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+        False,
+    ),
 }
 
 

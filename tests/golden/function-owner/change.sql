@@ -1,0 +1,1 @@
+ALTER FUNCTION public.fn_one(integer) OWNER TO CURRENT_USER;

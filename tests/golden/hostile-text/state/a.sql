@@ -1,0 +1,1 @@
+CREATE FUNCTION public.fn_a() RETURNS text LANGUAGE sql AS 'SELECT ''x''';

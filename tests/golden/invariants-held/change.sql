@@ -1,0 +1,3 @@
+CREATE SCHEMA cron;
+CREATE TABLE cron.jobs (id integer);
+UPDATE public.settings SET value = ' ';

@@ -1,0 +1,5 @@
+CREATE TABLE public.workers (
+    name text PRIMARY KEY, kind text NOT NULL DEFAULT 'none', beats bigint NOT NULL DEFAULT 0, last_beat timestamptz
+);
+CREATE TABLE public.cursors (name text PRIMARY KEY, at timestamptz);
+INSERT INTO public.cursors VALUES ('mail', '2026-05-22 11:31:41.928657+00'), ('other', NULL);

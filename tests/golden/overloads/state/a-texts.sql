@@ -1,0 +1,1 @@
+CREATE FUNCTION public.fn_a(p text, VARIADIC q text[]) RETURNS text LANGUAGE sql AS 'SELECT p';

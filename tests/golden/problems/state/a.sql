@@ -1,0 +1,1 @@
+CREATE FUNCTION public.fn_a(integer) RETURNS integer LANGUAGE sql SECURITY DEFINER AS 'SELECT 1';
