@@ -252,9 +252,9 @@ class Target(Model):
 
 
 class Finding(Model):
-    """Something a person should know that is no change: an undeclared object, a stale marker, an unproven gate."""
+    """Something a person should know that is no change: an undeclared object, a stale marker."""
 
-    code: Literal["ledger_not_readable", "marker_differs", "stale_heartbeat", "undeclared", "unproven"]
+    code: Literal["ledger_not_readable", "marker_differs", "stale_heartbeat", "undeclared"]
     address: Address
     message: str
 

@@ -177,7 +177,14 @@ class Governed:
             now=datetime.now(UTC),
         )
 
-    def approve(self, plan: Plan, *, approver: str = "ana", accepted: Sequence[str] | None = None) -> Approval:
+    def approve(
+        self,
+        plan: Plan,
+        *,
+        approver: str = "operator",
+        accepted: Sequence[str] | None = None,
+        attested: Sequence[str] = (),
+    ) -> Approval:
         """A yes to the plan with all its hazards."""
         return approving.approve(
             plan,
@@ -185,6 +192,7 @@ class Governed:
             approver=approver,
             reason="a test",
             accepted=plan.hazards if accepted is None else accepted,
+            attested=attested,
             expires=None,
             now=datetime.now(UTC),
         )
