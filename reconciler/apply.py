@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psycopg
 from psycopg import sql
 
-from reconciler import approve, ledger, live, pg
+from reconciler import __version__, approve, ledger, live, pg
 from reconciler.diff import changes as diff_changes
 from reconciler.errors import (
     Locked,
@@ -32,14 +33,18 @@ from reconciler.model import (
     Change,
     Desired,
     Entry,
+    Executed,
+    Failure,
     Json,
     Live,
     Model,
     Outcome,
     Plan,
     Policy,
+    Stage,
     Target,
     Verdict,
+    Yes,
     blocking,
     milliseconds,
 )
@@ -73,6 +78,109 @@ class Request:
     target: str | None = None
     initialize: bool = False
     allow_untested: bool = False
+    run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+
+class Record:
+    """What an apply has done so far, kept beside it: a failed one must be told as well as a finished one.
+
+    `begun` when BEGIN was about to be sent, `committed` when the server said so.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        """`progress`: told every step as it comes; steps of one name are one stage here."""
+        self.begun = False
+        self.committed = False
+        self.started_at: str | None = None
+        self.finished_at: str | None = None
+        self.transaction_id: str | None = None
+        self.executed: list[Executed] = []
+        self.entry: Entry | None = None
+        self.verdicts: Sequence[Verdict] = ()
+        self.found: Survey | None = None
+        self._progress = progress
+        self._stages: list[tuple[str, float]] = []
+        self._ended: float | None = None
+
+    def __call__(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
+        """A step begins, and the one before it is over."""
+        if not self._stages or self._stages[-1][0] != stage:
+            self._stages.append((stage, time.monotonic()))
+        self._progress(stage, detail, number, of)
+
+    def end(self) -> None:
+        """The last step is over."""
+        self._ended = time.monotonic()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Every stage with its seconds."""
+        ends = [*(moment for _, moment in self._stages[1:]), self._ended or time.monotonic()]
+        return tuple(
+            Stage(name=name, seconds=round(end - begin, 6))
+            for (name, begin), end in zip(self._stages, ends, strict=True)
+        )
+
+    @property
+    def seconds(self) -> float:
+        """From the first lock to COMMIT, or to the end of a run that had none."""
+        seconds = [stage.seconds for stage in self.stages if stage.name not in {"connect", "check", "after"}]
+        return round(sum(seconds), 3)
+
+    def outcome(self, request: Request, word: str, problems: Sequence[str] = ()) -> Outcome:
+        """The apply as a document."""
+        plan = request.plan
+        entry = self.entry if self.committed else None
+        return Outcome(
+            outcome=word,
+            tool=f"reconciler {__version__}",
+            run_id=request.run_id,
+            target=plan.target if self.found is None else self.found.target,
+            effect_digest=plan.effect_digest,
+            entry=None if entry is None else entry.number,
+            hash=None if entry is None else entry.hash,
+            previous=None if entry is None else entry.previous,
+            genesis=entry is not None and entry.number == 1,
+            transaction_id=self.transaction_id,
+            started_at=self.started_at,
+            finished_at=self.finished_at,
+            statements=len(_statements(plan)),
+            seconds=self.seconds,
+            stages=self.stages,
+            executed=tuple(self.executed),
+            approvals=tuple(_yes(approval) for approval in request.approvals),
+            summary=summarize(plan.changes, plan.summary.drift, plan.summary.findings),
+            invariants=of_kind(self.verdicts, "invariant"),
+            proofs=of_kind(self.verdicts, "proof"),
+            surface=of_kind(self.verdicts, "surface"),
+            findings=() if self.found is None else tuple(self.found.live.findings),
+            not_compared=() if self.found is None else tuple(self.found.not_compared),
+            problems=tuple(problems),
+        )
+
+    def failed(self, request: Request, error: ReconcilerError | KeyboardInterrupt) -> Outcome:
+        """A run that ended with this error; everything in it was rolled back unless COMMIT had been answered."""
+        self.end()
+        if self.committed:
+            return self.outcome(request, "applied", ["interrupted before planning again"])
+        if isinstance(error, KeyboardInterrupt):
+            word, why = "error", Failure(message="Interrupted; the server rolled back.")
+        else:
+            word, why = error.outcome, Failure(message=error.message, details=error.details, hint=error.hint)
+        return self.outcome(request, word).model_copy(update={"failure": why})
+
+
+def _yes(approval: Approval) -> Yes:
+    return Yes(
+        id=approval.id,
+        approver=approval.approver,
+        reason=approval.reason,
+        accepted=approval.accepted,
+        attestations=approval.attestations,
+        issued_at=approval.issued_at,
+        expires_at=approval.expires_at,
+        signed=approval.signature is not None,
+    )
 
 
 @dataclass(frozen=True)
@@ -82,17 +190,23 @@ class _Run:
     request: Request
     desired: Desired
     policy: Policy
-    run_id: str
     deadline: float
-    progress: Progress
+    progress: Record
+
+    @property
+    def run_id(self) -> str:
+        """Chosen before anything begins: the evidence's folder is named by it."""
+        return self.request.run_id
 
 
 def apply(request: Request, progress: Progress) -> Outcome:
-    """Apply the plan, or change nothing.
+    """Apply the plan, or change nothing. `progress`: a Record is asked afterwards what a failed run had done.
 
     Raises PlanDamaged, UsageError, ServerProblem, Violated, NotApproved, Stale, Locked; OutcomeUnknown when the
     connection was lost while COMMIT was under way and the ledger could not be asked.
     """
+    record = progress if isinstance(progress, Record) else Record(progress)
+    progress = record
     desired = check_plan(request.plan)
     if request.target is not None and request.target != request.plan.target.name:
         raise UsageError(f"The plan is for target {request.plan.target.name}, not {request.target}.")
@@ -105,35 +219,18 @@ def apply(request: Request, progress: Progress) -> Outcome:
             request=request,
             desired=desired,
             policy=policy,
-            run_id=str(uuid.uuid4()),
             deadline=time.monotonic() + milliseconds(policy.apply.max_duration) / 1000,
-            progress=progress,
+            progress=record,
         )
-        started = time.monotonic()
-        entry, verdicts = _transaction(conn, run)
-    seconds = round(time.monotonic() - started, 3)
-    progress("verify", "planning again on a new connection")
+        record.begun = True
+        _transaction(conn, run)
+    progress("after", "planning again on a new connection")
     try:
         problems = _after(request, desired)
     except KeyboardInterrupt:
         problems = ["interrupted before planning again"]
-    return Outcome(
-        outcome="applied",
-        run_id=run.run_id,
-        target=request.plan.target,
-        effect_digest=request.plan.effect_digest,
-        entry=entry.number,
-        hash=entry.hash,
-        genesis=entry.number == 1,
-        transaction_id=entry.body["transaction_id"],
-        statements=len(_statements(request.plan)),
-        seconds=seconds,
-        summary=summarize(request.plan.changes, request.plan.summary.drift, request.plan.summary.findings),
-        invariants=of_kind(verdicts, "invariant"),
-        proofs=of_kind(verdicts, "proof"),
-        surface=of_kind(verdicts, "surface"),
-        problems=tuple(problems),
-    )
+    record.end()
+    return record.outcome(request, "applied", problems)
 
 
 def check_plan(plan: Plan) -> Desired:
@@ -309,22 +406,29 @@ def _capabilities(conn: pg.Connection, plan: Plan, target: Target, *, ledger_exi
 # ------------------------------------------------------------------------------------------------------ the transaction
 
 
-def _transaction(conn: pg.Connection, run: _Run) -> tuple[Entry, Sequence[Verdict]]:
+def _transaction(conn: pg.Connection, run: _Run) -> None:
     """BEGIN to COMMIT. Whatever is raised before COMMIT leaves the database as it was."""
+    record = run.progress
     try:
         xid = _begin_and_lock(conn, run)
+        record.transaction_id, record.started_at = xid, stamp(_server_time(conn))
         before = _unchanged(conn, run)
+        record.found = before
         memos = live.remember(conn, Asked(run.desired, before.last.allow_functions))
         _execute(conn, run)
         verdicts, found = _look_again(conn, run, memos)
-        entry = _record(conn, run, before, found, verdicts, xid)
+        record.found = replace(before, live=found)
+        record.entry = _record(conn, run, before, found, verdicts, xid)
         _still(conn, run, found)
+        record.finished_at = stamp(_server_time(conn))
     except BaseException:
         _roll_back(conn)
+        with suppress(ReconcilerError):
+            record.finished_at = stamp(_server_time(conn))
         raise
-    run.progress("commit")
+    record("commit")
     _commit(conn, run, xid)
-    return entry, verdicts
+    record.committed = True
 
 
 def _begin_and_lock(conn: pg.Connection, run: _Run) -> str:
@@ -428,6 +532,7 @@ def _unchanged(conn: pg.Connection, run: _Run) -> Survey:
             ][:10],
             hint="Somebody edited the plan, or another version made it. Make it again and read it again.",
         )
+    run.progress.verdicts = found.verdicts
     approve.refuse_blocked(again)
     return found
 
@@ -476,7 +581,16 @@ def _execute(conn: pg.Connection, run: _Run) -> None:
             pg.run(conn, sql.SQL("SET LOCAL search_path = {}").format(chosen))
             if statement.role is not None:
                 pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(statement.role)), change.address)
+            begun = time.monotonic()
             answer = _send(conn, change, statement.text) or answer
+            run.progress.executed.append(
+                Executed(
+                    address=change.address,
+                    text=statement.text,
+                    role=statement.role,
+                    seconds=round(time.monotonic() - begun, 6),
+                )
+            )
             if statement.role is not None:
                 pg.run(conn, "SET LOCAL ROLE NONE")
         if change.kind == "marker":
@@ -546,6 +660,7 @@ def _look_again(conn: pg.Connection, run: _Run, memos: Mapping[str, Json]) -> tu
         attested={name for approval in run.request.approvals for name in approval.attestations},
     )
     verdicts = live.judge(conn, asked, memos)
+    run.progress.verdicts = verdicts
     approve.refuse(blocking(verdicts, run.policy))
     return verdicts, found
 

@@ -106,6 +106,7 @@ def refuse(verdicts: Sequence[Verdict]) -> None:
             f"{count} check{'' if count == 1 else 's'} not passed; nothing can be applied.",
             details=[f"{verdict.address}: {verdict.status}: {verdict.detail}" for verdict in verdicts],
             hint="An invariant is never fixed by an apply. Find out who broke it, or what privilege is missing.",
+            verdicts=verdicts,
         )
 
 

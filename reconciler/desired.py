@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from pydantic import Field
 
 from reconciler.checks import checks
-from reconciler.checks.proof import ProofSpec, refuses
+from reconciler.checks.proof import ProofSpec, armed, refuses
 from reconciler.errors import InputError, Problem, UsageError
 from reconciler.kinds import kinds
 from reconciler.model import (
@@ -143,7 +143,7 @@ def _resolved(  # noqa: PLR0913, PLR0917 - what was parsed, for one target
     context = Context(root=directory, stores=governance.gate_stores, policy=policy, pins=pins, capturing=capturing)
     items, found = _items(sections, variables, context)
     judged, more = _checks(sections, variables, context, items)
-    more += _gates_proven(items, judged, sections)
+    more += _gates_proven(items, judged, sections) + _armed_exist(judged, sections)
     if problems or unpinned or found or more:
         raise InputError(_in_order([*problems, *unpinned, *found, *more]))
     return Desired(
@@ -429,7 +429,7 @@ def _gates_exist(entry: _Entry, gates: Sequence[str], known: Collection[str]) ->
 def _gates_proven(
     items: Mapping[str, Declared], judged: Mapping[str, Check], sections: Mapping[str, Mapping[str, _Entry]]
 ) -> list[Problem]:
-    """A missing check is a failure (DESIGN rule 14): some proof shows of each gate that it makes the function refuse."""
+    """A missing check is a failure (rule 14): some proof shows of each gate that it makes the function refuse."""
     specs = [check.spec for check in judged.values() if isinstance(check.spec, ProofSpec)]
     if len(specs) < len(sections.get("proofs", {})):
         return []  # what the others prove is not known before they are right
@@ -438,10 +438,23 @@ def _gates_proven(
         gates: tuple[str, ...] = getattr(item.rules, "gates", ())
         for index, gate in enumerate(gates):
             schema, name, arguments = split_identity(item.name)
-            if not any(refuses(spec, schema, name, len(arguments), gate) for spec in specs):
+            declared = gate in sections.get("gates", {})
+            if declared and not any(refuses(spec, schema, name, len(arguments), gate) for spec in specs):
                 message = f"no proof shows that {schema}.{name} refuses with a reason `{gate}=…`"
                 entry = sections["functions"][item.name]
                 problems.append(entry.problem(message, ("gates", index), value=True))
+    return problems
+
+
+def _armed_exist(judged: Mapping[str, Check], sections: Mapping[str, Mapping[str, _Entry]]) -> list[Problem]:
+    """A proof may only arm gates that are declared."""
+    problems: list[Problem] = []
+    for check in judged.values():
+        for number, gate in armed(check.spec) if isinstance(check.spec, ProofSpec) else ():
+            if gate not in sections.get("gates", {}):
+                entry = sections["proofs"][check.name]
+                where = ("steps", number) if "steps" in entry.data else ()
+                problems.append(entry.problem(f"gate {gate!r} is not declared", (*where, "arm", gate)))
     return problems
 
 

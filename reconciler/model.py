@@ -504,24 +504,79 @@ class Entry(Model):
     body: JsonObject
 
 
-class Outcome(Model):
-    """What an apply did. `problems`: what went wrong after COMMIT, when the change itself stands."""
+class Executed(Model):
+    """One statement that an apply ran, whole, and how long the server took."""
 
-    format_version: str = FORMAT_VERSION
+    address: Address
+    text: str
+    role: str | None
+    seconds: float
+
+
+class Stage(Model):
+    """One part of an apply, and how long it took. `after` is what followed COMMIT."""
+
+    name: str
+    seconds: float
+
+
+class Yes(Model):
+    """What one approver said."""
+
+    id: str
+    approver: str
+    reason: str
+    accepted: tuple[str, ...]
+    attestations: tuple[str, ...]
+    issued_at: Moment
+    expires_at: Moment
+    signed: bool
+
+
+class Failure(Model):
+    """Why an apply did not change anything, as it was told on the terminal."""
+
+    message: str
+    details: tuple[str, ...] = ()
+    hint: str = ""
+
+
+OUTCOME_VERSION = "1.1"
+
+
+class Outcome(Model):
+    """What an apply did. `problems`: what went wrong after COMMIT, when the change itself stands.
+
+    A run that did not end in COMMIT has a `failure`, and neither entry nor hash; then everything here is what it had
+    come to, and the server rolled it back (or, for the outcome `unknown`, nobody can say). `started_at` and
+    `finished_at` are the server's clock. The verdicts of a failed run may be incomplete, or those of before the change.
+    """
+
+    format_version: str = OUTCOME_VERSION
     outcome: str
+    tool: str = ""
     run_id: str
     target: Target
     effect_digest: str
-    entry: int
-    hash: str
+    entry: int | None
+    hash: str | None
+    previous: str | None = None
     genesis: bool
-    transaction_id: str
+    transaction_id: str | None
+    started_at: Moment | None = None
+    finished_at: Moment | None = None
     statements: int
     seconds: float
+    stages: tuple[Stage, ...] = ()
+    executed: tuple[Executed, ...] = ()
+    approvals: tuple[Yes, ...] = ()
     summary: Summary
     invariants: tuple[Verdict, ...]
     proofs: tuple[Verdict, ...]
     surface: tuple[Verdict, ...]
+    findings: tuple[Finding, ...] = ()
+    not_compared: tuple[NotCompared, ...] = ()
+    failure: Failure | None = None
     problems: tuple[str, ...] = ()
 
     @property

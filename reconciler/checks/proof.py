@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import psycopg
 from postgast import pg_query_pb2 as pb
-from postgast import unwrap_node, walk
+from postgast import walk
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 from pydantic import Field, model_validator
@@ -23,7 +23,7 @@ from reconciler.parts import QUERY_TIMEOUT_MS, Complaint, Context, identifier, r
 from reconciler.syntax import Trouble, at, quote_ident, single, strings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from google.protobuf.message import Message
 
@@ -122,7 +122,9 @@ class ProofSpec(Model):
 
 
 STATEMENTS = frozenset(
-    "select_stmt insert_stmt update_stmt delete_stmt merge_stmt call_stmt create_table_as_stmt constraints_set_stmt".split()
+    """
+    call_stmt constraints_set_stmt create_table_as_stmt delete_stmt insert_stmt merge_stmt select_stmt update_stmt
+    """.split()
 )
 """What `given`, `holder` and `when` may be. All of it is undone by ROLLBACK TO SAVEPOINT."""
 
@@ -132,7 +134,7 @@ VOLATILE = frozenset(
     pg_current_xact_id pg_sleep pg_try_advisory_xact_lock random repeat rpad set_config setval timeofday uuidv4 uuidv7
     """.split()
 )
-"""Functions of pg_catalog that a proof may call beside those of the allowlist. What sequences keep is detected later."""
+"""Functions of pg_catalog that a proof may call beside those of the allowlist; use of a sequence is detected later."""
 
 ESCAPING = ("dblink", "lo_", "pg_", "set_config")
 """Names that are refused where the grammar hides a call: after a dot, and in every schema for dblink."""
@@ -172,12 +174,7 @@ def _escapes(statement: Statement) -> Iterator[tuple[int, str]]:
 
 
 def _nodes(tree: pb.Node) -> Iterator[Message]:
-    seen: set[int] = set()
-    for _, message in walk(tree):
-        node = unwrap_node(message) if isinstance(message, pb.Node) else message
-        if id(node) not in seen:
-            seen.add(id(node))
-            yield node
+    return (message for _, message in walk(tree))
 
 
 def _hidden_call(node: pb.Node) -> bool:
@@ -221,10 +218,12 @@ class Proof(CheckKind):
     ) -> tuple[Model | None, list[Complaint]]:
         """Hold every statement against the language and every query against the allowlist; find the gates."""
         problems: list[Complaint] = []
+        if not isinstance(declaration, SingleProof | SteppedProof):
+            raise TypeError(declaration)
+        steps: dict[tuple[str | int, ...], Step]
         if isinstance(declaration, SteppedProof):
             steps = {("steps", number): step for number, step in enumerate(declaration.steps)}
         else:
-            assert isinstance(declaration, SingleProof)
             only = declaration.model_dump(by_alias=True, exclude={"reason", "requires", "advances", "sessions"})
             steps = {(): Step.model_validate_json(canonical(only))}
         spec = ProofSpec(
@@ -233,7 +232,7 @@ class Proof(CheckKind):
             advances=declaration.advances,
             sessions=declaration.sessions,
             steps=tuple(steps.values()),
-            stores=_stores(steps.values(), context, items),
+            stores=_stores(steps.values(), items),
         )
         for path, text, what in _texts(spec, tuple(steps)):
             troubles = (
@@ -242,7 +241,7 @@ class Proof(CheckKind):
                 else statement_troubles(text)
             )
             problems += [Complaint(path, trouble.message) for trouble in troubles]
-        problems += _complaints(declaration, steps, spec)
+        problems += _complaints(declaration, steps)
         return (None if problems else spec), problems
 
     def load(self, spec: Json) -> Model:
@@ -252,7 +251,8 @@ class Proof(CheckKind):
     def run(self, conn: pg.Connection, check: Check, asked: Asked) -> Verdict:
         """Play it, when asked inside an apply."""
         spec = check.spec
-        assert isinstance(spec, ProofSpec)
+        if not isinstance(spec, ProofSpec):
+            raise TypeError(spec)
         if spec.sessions == 2:
             detail = "needs a rehearsal: reconciler prove --rehearse"
             return Verdict(address=check.address, status="deferred", detail=detail)
@@ -261,7 +261,7 @@ class Proof(CheckKind):
         return _in_savepoint(conn, check, spec, asked)
 
 
-def _stores(steps: Sequence[Step] | Any, context: Context, items: Mapping[str, Declared]) -> dict[str, GateStore]:
+def _stores(steps: Collection[Step], items: Mapping[str, Declared]) -> dict[str, GateStore]:
     """The store of each armed gate that is declared."""
     found: dict[str, GateStore] = {}
     for gate in sorted({gate for step in steps for gate in step.arm}):
@@ -288,13 +288,10 @@ def _texts(
 
 
 def _complaints(
-    declaration: SingleProof | SteppedProof, steps: Mapping[Any, Step], spec: ProofSpec
+    declaration: SingleProof | SteppedProof, steps: Mapping[tuple[str | int, ...], Step]
 ) -> Iterator[Complaint]:
     for path, step in steps.items():
-        for gate in step.arm:
-            if gate not in spec.stores:
-                yield Complaint((*path, "arm", gate), f"gate {gate!r} is not declared; only declared gates can be armed")
-        if spec.sessions == 1:
+        if declaration.sessions == 1:
             for key in ("holder", "within"):
                 if getattr(step, key):
                     yield Complaint((*path, key), f"`{key}` needs `sessions: 2`")
@@ -305,6 +302,11 @@ def _complaints(
             relation(text)
         except ValueError as error:
             yield Complaint(("advances", number), str(error))
+
+
+def armed(spec: ProofSpec) -> Iterator[tuple[int, str]]:
+    """Every gate that is armed, with the number of its step from 0."""
+    return ((number, gate) for number, step in enumerate(spec.steps) for gate in step.arm)
 
 
 def refuses(spec: ProofSpec, schema: str, name: str, arguments: int, gate: str) -> bool:
@@ -413,7 +415,8 @@ def rehearse(conn: pg.Connection, other: pg.Connection, check: Check, asked: Ask
     `other` does what `holder` says and keeps its transaction open while `when` runs. Gates are put back afterwards.
     """
     spec = check.spec
-    assert isinstance(spec, ProofSpec)
+    if not isinstance(spec, ProofSpec):
+        raise TypeError(spec)
     policy = asked.desired.policy.apply
     status, detail, missing = "rehearsed", _size(spec), ""
     (step,) = spec.steps
@@ -427,7 +430,8 @@ def rehearse(conn: pg.Connection, other: pg.Connection, check: Check, asked: Ask
         for number, text in enumerate(step.holder, 1):
             _must(held.at(f"holder {number}"), text)
         within = milliseconds(step.within or policy.statement_timeout)
-        _try(replace(_begun(conn, asked), timeout_ms=within), step)
+        stage = replace(_begun(conn, asked), timeout_ms=within)
+        _try(stage, step)
         _end(stage)
     except _Failed as failure:
         status, detail = "failed", str(failure)
@@ -457,9 +461,7 @@ def _stage(conn: pg.Connection, asked: Asked) -> _Stage:
 
 def _size(spec: ProofSpec) -> str:
     steps, expectations = len(spec.steps), sum(len(step.then) for step in spec.steps)
-    return (
-        f"{steps} step{'' if steps == 1 else 's'}, {expectations} expectation{'' if expectations == 1 else 's'} met"
-    )
+    return f"{steps} step{'' if steps == 1 else 's'}, {expectations} expectation{'' if expectations == 1 else 's'} met"
 
 
 def _ready(stage: _Stage, spec: ProofSpec, asked: Asked) -> None:
@@ -483,9 +485,8 @@ def _ready(stage: _Stage, spec: ProofSpec, asked: Asked) -> None:
         raise _NotJudged(*missing)
     for number, need in enumerate(spec.requires, 1):
         found = _asked(stage.at(f"requires {number}"), need.query, need.equals)
-        wanted = need.equals if need.rows is None else f"{need.rows} rows"
-        if found != wanted:
-            raise _NotJudged("precondition", f"{need.because} (found {found}, required {wanted})")
+        if found != _words(need):
+            raise _NotJudged("precondition", f"{need.because} (found {found}, required {_words(need)})")
 
 
 def _may_become(conn: pg.Connection, role: str) -> None:
@@ -665,9 +666,9 @@ def _wrong(stage: _Stage, one: Expectation, came: _Came, before: str | None) -> 
     """What about this expectation is not met; empty when it is."""
     if one.query is not None:
         if one.unchanged:
-            after = _fingerprint(stage, one.query)
-            return "" if after == before else f"the answer changed: {before} before, {after} after `when`"
-        found, wanted = _asked(stage, one.query, one.equals), one.equals if one.rows is None else f"{one.rows} rows"
+            wanted, found = before, _fingerprint(stage, one.query)
+        else:
+            wanted, found = _words(one), _asked(stage, one.query, one.equals)
         return "" if found == wanted else f"found {found}, expected {wanted}"
     if one.raises is not None:
         if came.error is None:
@@ -675,11 +676,12 @@ def _wrong(stage: _Stage, one: Expectation, came: _Came, before: str | None) -> 
         message = pg.translated(came.error).message
         met = came.error.sqlstate == one.raises and (one.message or "") in message
         return "" if met else f"raised {message}, expected {one.raises} {one.message or ''}".rstrip()
-    if came.value:
-        return _difference(one.returns, came.value[0])
-    if isinstance(one.returns, dict) and len(came.rows) == 1:
-        return _difference(one.returns, came.rows[0])
-    return _difference(one.returns, came.rows)
+    answer = came.rows[0] if isinstance(one.returns, dict) and len(came.rows) == 1 else came.rows
+    return _difference(one.returns, came.value[0] if came.value else answer)
+
+
+def _words(one: Expectation | Precondition) -> str:
+    return one.equals if one.equals is not None else f"{one.rows} rows"
 
 
 def _asked(stage: _Stage, query: str, equals: str | None) -> str:
