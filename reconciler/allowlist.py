@@ -444,6 +444,8 @@ class _Checker:
         self.relations.add(name)
         if node.schemaname.startswith("pg_") and node.schemaname != "pg_catalog":
             self.refuse(node.location, f"schema {node.schemaname} is not allowed here")
+        if node.schemaname == "information_schema":
+            self.refuse(node.location, "information_schema shows each role something else; use pg_catalog")
         if node.relname in SECRET_RELATIONS:
             self.refuse(node.location, f"relation {name} is not allowed here: it can hold secrets")
         if node.relname in SECRET_COLUMNS and node.alias.colnames:

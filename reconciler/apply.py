@@ -4,52 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import time
-import uuid
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import sql
 
-from reconciler import __version__, approve, ledger, live, pg
+from reconciler import approve, capabilities, ledger, live, pg, setup
 from reconciler.diff import changes as diff_changes
 from reconciler.errors import (
     Locked,
     MissingPrivilege,
     NotApproved,
     OutcomeUnknown,
-    PlanDamaged,
     ReconcilerError,
     Refused,
     ServerProblem,
     Stale,
     UsageError,
 )
-from reconciler.kinds import kinds
+from reconciler.kinds import Kind, kinds
 from reconciler.model import (
+    FORMAT_VERSION,
     Approval,
     Asked,
+    Body,
     Change,
     Desired,
     Entry,
     Executed,
-    Failure,
+    Governed,
     Json,
     Live,
     Model,
     Outcome,
     Plan,
     Policy,
-    Stage,
     Target,
     Verdict,
-    Yes,
     blocking,
     milliseconds,
+    tolerated,
 )
-from reconciler.plan import dump_desired, effect_digest, effects_digest, load_desired, of_kind, stamp, summarize
+from reconciler.plan import stamp
+from reconciler.record import Progress, Record, Request
 from reconciler.survey import Survey, survey
+from reconciler.trust import EDITED, check_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,127 +61,12 @@ TAKEN = frozenset({"23505", "42710", "42723", "42P06", "42P07"})
 """What PostgreSQL says when something is there already: a key, an object, a function, a schema, a table."""
 
 
-class Progress(Protocol):
-    """Told what apply is about to do: the stage, and within `execute` which of how many statements."""
-
-    def __call__(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
-        """Called before each step."""
-        ...
+GONE = frozenset({"3F000", "42704", "42883", "42P01"})
+"""What PostgreSQL says when something is not there: a schema, an object, a function, a table."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What an operator asks for. `target`: the -t option, None when not given."""
-
-    dsn: str | None
-    plan: Plan
-    approvals: Sequence[Approval]
-    target: str | None = None
-    initialize: bool = False
-    allow_untested: bool = False
-    run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-
-
-class Record:
-    """What an apply has done so far, kept beside it: a failed one must be told as well as a finished one.
-
-    `begun` when BEGIN was about to be sent, `committed` when the server said so.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        """`progress`: told every step as it comes; steps of one name are one stage here."""
-        self.begun = False
-        self.committed = False
-        self.started_at: str | None = None
-        self.finished_at: str | None = None
-        self.transaction_id: str | None = None
-        self.executed: list[Executed] = []
-        self.entry: Entry | None = None
-        self.verdicts: Sequence[Verdict] = ()
-        self.found: Survey | None = None
-        self._progress = progress
-        self._stages: list[tuple[str, float]] = []
-        self._ended: float | None = None
-
-    def __call__(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
-        """A step begins, and the one before it is over."""
-        if not self._stages or self._stages[-1][0] != stage:
-            self._stages.append((stage, time.monotonic()))
-        self._progress(stage, detail, number, of)
-
-    def end(self) -> None:
-        """The last step is over."""
-        self._ended = time.monotonic()
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """Every stage with its seconds."""
-        ends = [*(moment for _, moment in self._stages[1:]), self._ended or time.monotonic()]
-        return tuple(
-            Stage(name=name, seconds=round(end - begin, 6))
-            for (name, begin), end in zip(self._stages, ends, strict=True)
-        )
-
-    @property
-    def seconds(self) -> float:
-        """From the first lock to COMMIT, or to the end of a run that had none."""
-        seconds = [stage.seconds for stage in self.stages if stage.name not in {"connect", "check", "after"}]
-        return round(sum(seconds), 3)
-
-    def outcome(self, request: Request, word: str, problems: Sequence[str] = ()) -> Outcome:
-        """The apply as a document."""
-        plan = request.plan
-        entry = self.entry if self.committed else None
-        return Outcome(
-            outcome=word,
-            tool=f"reconciler {__version__}",
-            run_id=request.run_id,
-            target=plan.target if self.found is None else self.found.target,
-            effect_digest=plan.effect_digest,
-            entry=None if entry is None else entry.number,
-            hash=None if entry is None else entry.hash,
-            previous=None if entry is None else entry.previous,
-            genesis=entry is not None and entry.number == 1,
-            transaction_id=self.transaction_id,
-            started_at=self.started_at,
-            finished_at=self.finished_at,
-            statements=len(_statements(plan)),
-            seconds=self.seconds,
-            stages=self.stages,
-            executed=tuple(self.executed),
-            approvals=tuple(_yes(approval) for approval in request.approvals),
-            summary=summarize(plan.changes, plan.summary.drift, plan.summary.findings),
-            invariants=of_kind(self.verdicts, "invariant"),
-            proofs=of_kind(self.verdicts, "proof"),
-            surface=of_kind(self.verdicts, "surface"),
-            findings=() if self.found is None else tuple(self.found.live.findings),
-            not_compared=() if self.found is None else tuple(self.found.not_compared),
-            problems=tuple(problems),
-        )
-
-    def failed(self, request: Request, error: ReconcilerError | KeyboardInterrupt) -> Outcome:
-        """A run that ended with this error; everything in it was rolled back unless COMMIT had been answered."""
-        self.end()
-        if self.committed:
-            return self.outcome(request, "applied", ["interrupted before planning again"])
-        if isinstance(error, KeyboardInterrupt):
-            word, why = "error", Failure(message="Interrupted; the server rolled back.")
-        else:
-            word, why = error.outcome, Failure(message=error.message, details=error.details, hint=error.hint)
-        return self.outcome(request, word).model_copy(update={"failure": why})
-
-
-def _yes(approval: Approval) -> Yes:
-    return Yes(
-        id=approval.id,
-        approver=approval.approver,
-        reason=approval.reason,
-        accepted=approval.accepted,
-        attestations=approval.attestations,
-        issued_at=approval.issued_at,
-        expires_at=approval.expires_at,
-        signed=approval.signature is not None,
-    )
+DRAINS = 20
+"""How often deferred triggers may defer each other before the apply gives up."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +76,7 @@ class _Run:
     request: Request
     desired: Desired
     policy: Policy
+    ledger_exists: bool
     deadline: float
     progress: Record
 
@@ -214,11 +101,13 @@ def apply(request: Request, progress: Progress) -> Outcome:
     with pg.connect(request.dsn, "apply") as conn:
         pg.check_version(conn, allow_untested=request.allow_untested)
         progress("check", "identity, approvals, privileges")
-        policy = _preflight(conn, request, desired)
+        last = _preflight(conn, request, desired)
+        policy = last.policy or desired.policy
         run = _Run(
             request=request,
             desired=desired,
             policy=policy,
+            ledger_exists=last.exists,
             deadline=time.monotonic() + milliseconds(policy.apply.max_duration) / 1000,
             progress=record,
         )
@@ -233,62 +122,11 @@ def apply(request: Request, progress: Progress) -> Outcome:
     return record.outcome(request, "applied", problems)
 
 
-def check_plan(plan: Plan) -> Desired:
-    """Derive everything in the plan again from what the effect digest covers, and trust nothing else (DESIGN rule 2).
-
-    Returns the declarations. Raises PlanDamaged when the digests are not those of the content, NotApproved when a
-    statement, a hazard or a change stands in the plan that its approved effects do not give.
-    """
-    desired = load_desired(plan.desired)
-    effects = effects_digest(dump_desired(desired), plan.setup, plan.changes)
-    if effects != plan.effects_digest or effect_digest(effects, plan.target) != plan.effect_digest:
-        raise PlanDamaged(
-            "The plan's digests are not those of its content.", hint="Make the plan again; a plan is never edited."
-        )
-    if plan.target.name != desired.target:
-        raise PlanDamaged("The plan names two targets.")
-    for change in plan.changes:
-        again = _again(desired, change)
-        if again.statements != change.statements or again.hazards != change.hazards:
-            raise NotApproved(
-                f"{change.address}: the plan holds statements or hazards that its approved effects do not give.",
-                details=_first_difference(again, change),
-                hint="Somebody edited the plan, or another version made it. Make it again and read it again.",
-            )
-    return desired
-
-
-def _again(desired: Desired, change: Change) -> Change:
-    """The change with statements and hazards derived again."""
-    if "forget" in change.actions:
-        return change.model_copy(update={"statements": (), "hazards": ("forgets",)})
-    kind, item = kinds().get(change.kind), desired.items.get(change.address)
-    if kind is None or item is None:
-        raise PlanDamaged(f"The plan changes {change.address}, which it does not declare.")
-    try:
-        before: Model | None = None if change.before is None else kind.load(change.before)
-        after: Model | None = None if change.after is None else kind.load(change.after)
-        hazards = kind.hazards(before, after, item.rules)
-        statements = kind.render(before, after, item.rules, change.context)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        # Only an edited plan holds an object that its kind cannot have.
-        raise PlanDamaged(f"{change.address}: the plan's objects cannot be read: {type(error).__name__}.") from None
-    if "overwrites_drift" in change.hazards:
-        hazards.add("overwrites_drift")  # known to the ledger only; judged again when the plan is made again below
-    return change.model_copy(update={"statements": statements, "hazards": tuple(sorted(hazards))})
-
-
-def _first_difference(again: Change, change: Change) -> list[str]:
-    extra = [statement.text for statement in change.statements if statement not in again.statements]
-    lost = [statement.text for statement in again.statements if statement not in change.statements]
-    return [f"in the plan only: {text}" for text in extra[:3]] + [f"missing in the plan: {text}" for text in lost[:3]]
-
-
 # ---------------------------------------------------------------------------------------------------- before the change
 
 
-def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> Policy:
-    """Everything that can be refused without a lock. Returns the policy to judge by: the installed one, if any."""
+def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> ledger.Last:
+    """Everything that can be refused without a lock. Returns the ledger, whose policy is the one to judge by."""
     plan = request.plan
     with pg.snapshot(conn):
         target = live.identify(conn, desired)
@@ -299,13 +137,14 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> Polic
         ledger.check_named(desired, last)
         if stamp(_server_time(conn)) >= plan.expires_at:
             raise NotApproved(f"The plan expired at {plan.expires_at}.", hint="Make it again and read it again.")
-        policy = last.policy or desired.policy
+        if last.exists:
+            ledger.check_shape(conn, written_by_us=True)
         approve.verify(
             request.approvals,
             effect_digest=plan.effect_digest,
             hazards=plan.hazards,
             attestations=plan.attestations,
-            policy=policy,
+            policy=last.policy or desired.policy,
             used=last.used,
             now=_server_time(conn),
         )
@@ -319,10 +158,8 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> Polic
                 f"--initialize, but {desired.name} was applied here before (entry {last.entry.number}).",
                 hint="Leave the option out.",
             )
-        if not plan.has_changes:
-            return policy
-        _capabilities(conn, plan, target, ledger_exists=last.exists)
-    return policy
+        capabilities.check(conn, plan, target, ledger_exists=last.exists)
+    return last
 
 
 def _same_target(planned: Target, found: Target) -> None:
@@ -338,71 +175,6 @@ def _server_time(conn: pg.Connection) -> datetime:
     return pg.rows(conn, "SELECT pg_catalog.clock_timestamp() AS now")[0]["now"]
 
 
-def _capabilities(conn: pg.Connection, plan: Plan, target: Target, *, ledger_exists: bool) -> None:
-    """What the apply role needs and lacks, all of it at once. Raises MissingPrivilege."""
-    option = "SET" if conn.info.server_version >= 160_000 else "MEMBER"
-    role = pg.rows(conn, "SELECT current_user::pg_catalog.text AS role")[0]["role"]
-    lacking: list[str] = []
-
-    def ask(query: sql.SQL, params: Sequence[Any], missing: str) -> None:
-        # NULL: the object is not there yet; then this plan creates it, or executing says so.
-        if pg.rows(conn, query, params)[0]["may"] is False and missing not in lacking:
-            lacking.append(missing)
-
-    for statement_role in sorted({statement.role for statement in _statements(plan) if statement.role}):
-        ask(
-            sql.SQL("SELECT pg_catalog.pg_has_role(%s::pg_catalog.name, %s) AS may"),
-            (statement_role, option),
-            f"membership with SET in role {statement_role}",
-        )
-    for change in plan.changes:
-        after = change.after or {}
-        if change.kind == "function" and "add" in change.actions:
-            ask(
-                sql.SQL(
-                    "SELECT (SELECT pg_catalog.has_schema_privilege(%s::pg_catalog.name, n.oid, 'CREATE')"
-                    " FROM pg_catalog.pg_namespace n WHERE n.nspname = %s) AS may"
-                ),
-                (after["owner"], after["schema_name"]),
-                f"CREATE on schema {after['schema_name']} for role {after['owner']}",
-            )
-        if change.kind in {"gate", "marker"} and after:
-            rules = plan.desired["items"][change.address]["rules"]
-            if rules.get("via"):
-                continue
-            verb = "INSERT" if change.before is None else "UPDATE"
-            schema, _, name = after["table"].partition(".")
-            ask(
-                sql.SQL(
-                    "SELECT (SELECT pg_catalog.has_any_column_privilege(c.oid, %s) FROM pg_catalog.pg_class c"
-                    " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
-                    " WHERE n.nspname = %s AND c.relname = %s) AS may"
-                ),
-                (verb, schema.strip('"'), name.strip('"')),
-                f"{verb} on {after['table']}",
-            )
-    if ledger_exists:
-        ask(
-            sql.SQL("SELECT pg_catalog.has_table_privilege('reconciler.entry', 'INSERT') AS may"),
-            (),
-            "INSERT on reconciler.entry",
-        )
-    else:
-        ask(
-            sql.SQL("SELECT pg_catalog.has_database_privilege(%s, 'CREATE') AS may"),
-            (target.database,),
-            f"CREATE on database {target.database} (for the ledger)",
-        )
-    if lacking:
-        raise MissingPrivilege(
-            f"Role {role} lacks {lacking[0]}."
-            if len(lacking) == 1
-            else f"Role {role} lacks {len(lacking)} privileges.",
-            details=lacking if len(lacking) > 1 else (),
-            hint="Nothing was changed. Grant them, or apply as a role that has them.",
-        )
-
-
 # ------------------------------------------------------------------------------------------------------ the transaction
 
 
@@ -413,13 +185,13 @@ def _transaction(conn: pg.Connection, run: _Run) -> None:
         xid = _begin_and_lock(conn, run)
         record.transaction_id, record.started_at = xid, stamp(_server_time(conn))
         before = _unchanged(conn, run)
-        record.found = before
-        memos = live.remember(conn, Asked(run.desired, before.last.allow_functions))
+        record.found = before.survey
+        memos = live.remember(conn, Asked(run.desired, before.survey.last.allow_functions))
         _execute(conn, run)
-        verdicts, found = _look_again(conn, run, memos)
-        record.found = replace(before, live=found)
+        verdicts, found = _look_again(conn, run, memos, before.approvals)
+        record.found = replace(before.survey, live=found)
         record.entry = _record(conn, run, before, found, verdicts, xid)
-        _still(conn, run, found)
+        _still(conn, run, found, xid)
         record.finished_at = stamp(_server_time(conn))
     except BaseException:
         _roll_back(conn)
@@ -460,13 +232,31 @@ def _lock(conn: pg.Connection, run: _Run) -> str:
     pg.run(conn, idle.format(sql.Literal(milliseconds(policy.max_duration))))
     _advisory_lock(conn, run.desired.name)
     xid: str = pg.rows(conn, "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid")[0]["xid"]
+    if run.ledger_exists:
+        # Nobody adds a trigger to it from here on; what is there already was made by somebody we trust.
+        pg.run(conn, "LOCK TABLE reconciler.entry IN ROW EXCLUSIVE MODE", "locking the ledger")
+        ledger.check_shape(conn, written_by_us=True)
     for change in sorted(run.request.plan.changes, key=lambda change: change.address):
         if "forget" not in change.actions:
             _in_time(run)
             kind = kinds()[change.kind]
             before = None if change.before is None else kind.load(change.before)
-            kind.lock(conn, change, before, run.desired.items[change.address].rules)
+            _hold(conn, kind, change, before, run.desired.items[change.address].rules)
     return xid
+
+
+def _hold(conn: pg.Connection, kind: Kind[Any, Any, Any], change: Change, before: Model | None, rules: Model) -> None:
+    """Lock one object. What is not there any more makes the plan stale."""
+    try:
+        kind.lock(conn, change, before, rules)
+    except ServerProblem as error:
+        if getattr(error.__cause__, "sqlstate", None) in GONE:
+            raise Stale(
+                f"The plan is stale: {change.address} is no longer there.",
+                details=[error.message],
+                hint="Nothing was changed. Plan again, read it, approve it.",
+            ) from error
+        raise
 
 
 def lock_key(name: str) -> int:
@@ -497,7 +287,16 @@ def _advisory_lock(conn: pg.Connection, name: str) -> None:
     )
 
 
-def _unchanged(conn: pg.Connection, run: _Run) -> Survey:
+@dataclass(frozen=True)
+class _Confirmed:
+    """What the look under the locks gave: all that was seen, the plan made again, and the approvals that count."""
+
+    survey: Survey
+    plan: Plan
+    approvals: Sequence[Approval]
+
+
+def _unchanged(conn: pg.Connection, run: _Run) -> _Confirmed:
     """Under the locks: read everything again, plan again, and go on only with the digest that was approved."""
     run.progress("read", "planning again under the locks")
     found = survey(conn, run.desired)
@@ -513,7 +312,7 @@ def _unchanged(conn: pg.Connection, run: _Run) -> Survey:
             details=_differences(plan, again),
             hint="Nothing was changed. Plan again, read it, approve it.",
         )
-    approve.verify(
+    counted = approve.verify(
         run.request.approvals,
         effect_digest=again.effect_digest,
         hazards=again.hazards,
@@ -530,11 +329,11 @@ def _unchanged(conn: pg.Connection, run: _Run) -> Survey:
                 for ours, theirs in zip(_rendered(again), _rendered(plan), strict=False)
                 if ours != theirs
             ][:10],
-            hint="Somebody edited the plan, or another version made it. Make it again and read it again.",
+            hint=EDITED,
         )
     run.progress.verdicts = found.verdicts
     approve.refuse_blocked(again)
-    return found
+    return _Confirmed(found, again, counted)
 
 
 def _differences(plan: Plan, again: Plan) -> list[str]:
@@ -560,14 +359,10 @@ def _rendered(plan: Plan) -> list[tuple[str, Any, Any]]:
     return [(change.address, change.statements, change.hazards) for change in (*plan.setup, *plan.changes)]
 
 
-def _statements(plan: Plan) -> list[Any]:
-    return [statement for change in (*plan.setup, *plan.changes) for statement in change.statements]
-
-
 def _execute(conn: pg.Connection, run: _Run) -> None:
     """Every statement of the plan in its order, each under its role and the declared path."""
     path = sql.SQL(", ").join(map(sql.Identifier, run.policy.apply.search_path))
-    total, number = len(_statements(run.request.plan)), 0
+    total, number = len(run.request.plan.statements), 0
     for change in (*run.request.plan.setup, *run.request.plan.changes):
         item = run.desired.items.get(change.address)
         under: tuple[str, ...] | None = getattr(item.rules, "created_under", None) if item else None
@@ -616,7 +411,8 @@ def _marker_is_there(conn: pg.Connection, run: _Run, change: Change, answer: str
     """`via` is judged by reading the row, and its answer is quoted when the row is missing."""
     kind, item = kinds()["marker"], run.desired.items[change.address]
     pg.run(conn, "SET LOCAL search_path = ''")
-    found = kind.read(conn, [item], run.desired.scope.model_copy(update={"markers": ()}), run.desired.stores)
+    nothing_else = replace(run.desired, scope=run.desired.scope.model_copy(update={"markers": ()}))
+    found = kind.read(conn, [item], nothing_else, run.policy.allow_functions)
     if change.address not in found.items:
         raise Stale(
             f"{change.address}: its statement ran, but there is no row.",
@@ -625,13 +421,14 @@ def _marker_is_there(conn: pg.Connection, run: _Run, change: Change, answer: str
         )
 
 
-def _look_again(conn: pg.Connection, run: _Run, memos: Mapping[str, Json]) -> tuple[Sequence[Verdict], Live]:
+def _look_again(
+    conn: pg.Connection, run: _Run, memos: Mapping[str, Json], counted: Sequence[Approval]
+) -> tuple[Sequence[Verdict], Live]:
     """Verify by reading: nothing left to do, every object as approved, every invariant held. Raises Stale, Violated."""
     run.progress("verify", "reading everything again before COMMIT")
-    # To COMMIT: a deferred trigger would otherwise run after this last look.
-    pg.run(conn, "SET CONSTRAINTS ALL IMMEDIATE", "making deferred constraints immediate")
-    pg.settings(conn, milliseconds(run.policy.apply.statement_timeout))
-    found = live.read(conn, run.desired)
+    _drain(conn, run)
+    allowed = ledger.last(conn, run.desired.name).allow_functions
+    found = live.read(conn, run.desired, allowed)
     wrong = [
         f"{change.address}: not what was approved after its statements ran"
         for change in run.request.plan.changes
@@ -650,19 +447,44 @@ def _look_again(conn: pg.Connection, run: _Run, memos: Mapping[str, Json]) -> tu
             details=wrong,
             hint="Something in the database changes what is written: a trigger, a rule, an event trigger.",
         )
-    last = ledger.last(conn, run.desired.name)
     run.progress("judge", "invariants, surface and proofs")
     asked = Asked(
         desired=run.desired,
-        allow_functions=last.allow_functions,
+        allow_functions=allowed,
         inside=True,
         changes=run.request.plan.changes,
-        attested={name for approval in run.request.approvals for name in approval.attestations},
+        attested={name for approval in counted for name in approval.attestations},
     )
-    verdicts = live.judge(conn, asked, memos)
+    verdicts = tolerated(live.judge(conn, asked, memos), run.policy)
     run.progress.verdicts = verdicts
-    approve.refuse(blocking(verdicts, run.policy))
+    approve.refuse(blocking(verdicts))
     return verdicts, found
+
+
+def _drain(conn: pg.Connection, run: _Run) -> None:
+    """Run every deferred trigger now, to the last: what ran at COMMIT would run after the last look.
+
+    A trigger can defer the next one again, so it is repeated until it writes nothing; only a write can queue a trigger.
+    """
+    for _ in range(DRAINS):
+        before = _writes(conn)
+        pg.run(conn, "SET CONSTRAINTS ALL IMMEDIATE", "making deferred constraints immediate")
+        if _writes(conn) == before:
+            pg.settings(conn, milliseconds(run.policy.apply.statement_timeout))
+            return
+        _in_time(run)
+    raise Stale(
+        "Rolled back: deferred triggers keep writing and deferring each other.",
+        hint="Look for triggers that execute SET CONSTRAINTS.",
+    )
+
+
+def _writes(conn: pg.Connection) -> int:
+    query = """
+        SELECT coalesce(pg_catalog.sum(n_tup_ins + n_tup_upd + n_tup_del), 0)::pg_catalog.int8 AS writes
+          FROM pg_catalog.pg_stat_xact_all_tables
+    """
+    return pg.rows(conn, query, doing="reading our own write counters")[0]["writes"]
 
 
 def _settled(change: Change, found: Live) -> bool:
@@ -671,34 +493,44 @@ def _settled(change: Change, found: Live) -> bool:
 
 
 def _record(  # noqa: PLR0913, PLR0917 - what an entry consists of
-    conn: pg.Connection, run: _Run, before: Survey, found: Live, verdicts: Sequence[Verdict], xid: str
+    conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, verdicts: Sequence[Verdict], xid: str
 ) -> Entry:
-    """The ledger entry, in the same transaction."""
+    """The ledger entry, in the same transaction. It holds the plan as made again here, not the file's."""
     run.progress("record")
-    now = pg.rows(conn, "SELECT pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text AS xid")[0]["xid"]
-    if now != xid:
-        raise ServerProblem(f"The transaction changed under us from {xid} to {now}; nothing may be recorded.")
-    plan = run.request.plan
-    body: dict[str, Json] = {
-        "format_version": plan.format_version,
-        "run_id": run.run_id,
-        "target": plan.target.dump(),
-        "plan": plan.dump(),
-        "approvals": [approval.dump() for approval in run.request.approvals],
-        "policy": run.desired.policy.dump(),
-        "manifest": manifest(run.desired, found),
-        "checks": [verdict.dump() for verdict in verdicts],
-        "transaction_id": xid,
-    }
-    ids = [approval.id for approval in run.request.approvals]
-    return ledger.append(conn, run.desired.name, before.last, run_id=run.run_id, approval_ids=ids, body=body)
+    body = Body(
+        format_version=FORMAT_VERSION,
+        run_id=run.run_id,
+        recorded_at=stamp(_server_time(conn)),
+        target=before.plan.target,
+        plan=before.plan.dump(),
+        approvals=tuple(before.approvals),
+        policy=run.desired.policy,
+        scope=setup.scope(run.desired),
+        manifest=manifest(run.desired, found),
+        checks=tuple(verdicts),
+        transaction_id=xid,
+    )
+    return ledger.append(conn, run.desired.name, before.survey.last, body)
 
 
-def _still(conn: pg.Connection, run: _Run, found: Live) -> None:
-    """Writing the ledger may have fired a trigger of somebody else: it must not have changed anything governed."""
-    pg.run(conn, "SET CONSTRAINTS ALL IMMEDIATE", "making deferred constraints immediate")
-    pg.settings(conn, milliseconds(run.policy.apply.statement_timeout))
-    now = live.read(conn, run.desired).items
+def _still(conn: pg.Connection, run: _Run, found: Live, xid: str) -> None:
+    """The very last look: nothing is left to run at COMMIT, nothing governed moved, it is still our transaction."""
+    _drain(conn, run)
+    left = pg.rows(
+        conn,
+        """
+        SELECT pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text AS xid,
+               (SELECT pg_catalog.count(*) FROM pg_catalog.pg_cursors WHERE is_holdable) AS cursors
+        """,
+    )[0]
+    if left["xid"] != xid:
+        raise ServerProblem(f"The transaction changed under us from {xid} to {left['xid']}; nothing may be committed.")
+    if left["cursors"]:
+        raise Stale(
+            "Rolled back: something opened a cursor WITH HOLD, whose query would run at COMMIT.",
+            hint="Look at the triggers of the tables that were written.",
+        )
+    now = live.read(conn, run.desired, run.policy.allow_functions).items
     if moved := sorted(address for address in {*now, *found.items} if now.get(address) != found.items.get(address)):
         raise Stale(
             "Rolled back: writing the ledger entry changed what is governed.",
@@ -707,21 +539,22 @@ def _still(conn: pg.Connection, run: _Run, found: Live) -> None:
         )
 
 
-def manifest(desired: Desired, found: Live) -> dict[str, Json]:
-    """Everything declared, in its live form: what the next drift is measured against."""
-    entries: dict[str, Json] = {}
-    for address, item in desired.items.items():
-        object_found = found.items[address]
-        entries[address] = {
-            "kind": item.kind,
-            "spec": kinds()[item.kind].essence(object_found).dump(),
-            "facts": {
-                key: value for key, value in found.facts.get(address, {}).items() if key in {"xmin", "updated_at"}
-            },
-        }
-    for address, check in desired.checks.items():
-        entries[address] = {"kind": check.kind, "spec": check.spec.dump()}
-    return entries
+def manifest(desired: Desired, found: Live) -> dict[str, Governed]:
+    """Everything declared, objects in their live form: what the next drift is measured against."""
+    entries = {
+        address: Governed(
+            kind=item.kind,
+            name=item.name,
+            spec=kinds()[item.kind].essence(found.items[address]).dump(),
+            rules=item.rules.dump(),
+            facts={key: value for key, value in found.facts[address].items() if key in {"xmin", "updated_at"}},
+        )
+        for address, item in desired.items.items()
+    }
+    return entries | {
+        address: Governed(kind=check.kind, name=check.name, spec=check.spec.dump())
+        for address, check in desired.checks.items()
+    }
 
 
 def _in_time(run: _Run) -> float:
@@ -797,4 +630,5 @@ def _after(request: Request, desired: Desired) -> list[str]:
             left = again.plan(_server_time(conn))
     except ReconcilerError as error:
         return [f"planning again failed: {error.message}"]
-    return [f"planning again shows {change.address}: {change.reason}" for change in (*left.setup, *left.changes)]
+    problems = [f"planning again shows {change.address}: {change.reason}" for change in (*left.setup, *left.changes)]
+    return problems + [f"{verdict.address}: {verdict.status}: {verdict.detail}" for verdict in left.blocking]

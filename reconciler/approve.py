@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 import uuid
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from reconciler.errors import NotApproved, PlanDamaged, UsageError, Violated
 from reconciler.model import Approval, Plan, Policy, Verdict, canonical, milliseconds
 from reconciler.plan import read, stamp
+from reconciler.trust import check_plan
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -32,10 +34,11 @@ def approve(  # noqa: PLR0913 - what a person states, each once
     """A person's yes to the plan's effects.
 
     accepted: the hazards, each by name. expires: a duration such as `24h`; None takes the policy's, the longest.
-    Raises Violated for a plan that could not be applied, NotApproved with what is missing, UsageError.
+    Raises PlanDamaged for a plan that is not what its digest says, Violated for one that could not be applied,
+    NotApproved with what is missing, UsageError.
     """
+    policy = check_plan(plan).policy
     refuse_blocked(plan)
-    policy = Policy.model_validate_json(canonical(plan.desired["policy"]))
     if not plan.has_changes:
         raise UsageError("The plan changes nothing; there is nothing to approve.")
     if policy.approval.signed:
@@ -46,8 +49,7 @@ def approve(  # noqa: PLR0913 - what a person states, each once
     if stamp(now) >= plan.expires_at:
         raise NotApproved(f"The plan expired at {plan.expires_at}.", hint="Make it again and read it again.")
     _refuse_incomplete(plan, accepted, attested)
-    if not approver.strip() or not reason.strip():
-        raise UsageError("An approval needs a name and a reason.", hint='Add --as NAME and --reason "...".')
+    _check_words(approver, reason)
     longest = milliseconds(policy.approval.expires)
     try:
         lifetime = milliseconds(expires) if expires is not None else longest
@@ -93,6 +95,16 @@ def _refuse_incomplete(plan: Plan, accepted: Sequence[str], attested: Sequence[s
         )
 
 
+def _check_words(approver: str, reason: str) -> None:
+    if not approver.strip() or not reason.strip():
+        raise UsageError("An approval needs a name and a reason.", hint='Add --as NAME and --reason "...".')
+    for option, words in (("--as", approver), ("--reason", reason)):
+        try:
+            words.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{option} is not UTF-8.", hint="Check the locale of the terminal.") from None
+
+
 def refuse_blocked(plan: Plan) -> None:
     """Raise Violated when a check forbids this plan, naming each."""
     refuse(plan.blocking)
@@ -128,21 +140,21 @@ def verify(  # noqa: PLR0913 - the facts that a judgement needs, each once
     policy: Policy,
     used: Collection[str],
     now: datetime,
-) -> None:
-    """Do these approvals cover these effects, under the installed policy, at the server's time?
+) -> list[Approval]:
+    """The approvals that cover these effects, under the installed policy, at the server's time.
 
     effect_digest, hazards and attestations: as derived again, never as the plan file says. used: approval ids that
     the ledger knows.
-    Raises NotApproved with every reason.
+    Raises NotApproved with every reason when they are too few. One principal counts once, however it is spelt.
     """
     reasons: list[str] = []
-    valid: set[str] = set()
+    valid: dict[str, Approval] = {}
     for approval in approvals:
         wrong = _wrong(approval, effect_digest, hazards, attestations, policy, used, stamp(now))
         if wrong:
             reasons.append(f"the approval of {approval.approver} {wrong}")
         else:
-            valid.add(approval.approver)
+            valid.setdefault(_principal(approval), approval)
     if len(valid) < policy.approval.required:
         reasons.append(f"{len(valid)} of {policy.approval.required} approvals")
         raise NotApproved(
@@ -150,6 +162,12 @@ def verify(  # noqa: PLR0913 - the facts that a judgement needs, each once
             details=reasons,
             hint="Run `reconciler approve PLAN`, then apply again.",
         )
+    return list(valid.values())
+
+
+def _principal(approval: Approval) -> str:
+    """The name without what the eye does not tell apart: case, width, accents composed or not, spaces."""
+    return "".join(unicodedata.normalize("NFKC", approval.approver).casefold().split())
 
 
 def _wrong(  # noqa: PLR0913, PLR0917 - as verify

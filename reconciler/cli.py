@@ -307,16 +307,20 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
     from reconciler import evidence as evidences
     from reconciler import plan as plans
     from reconciler.render import text
+    from reconciler.trust import check_plan
 
     made, checksum = plans.load(plan_file)
     colour = _colour(given["no_color"])
     if not made.has_changes:
-        click.echo(text.plan_line(made))
+        if given["form"] == "json":
+            _json({"format_version": made.format_version, "outcome": "no_changes"})
+        else:
+            click.echo(text.plan_line(made))
         return
     files = given["approval_files"] or approvals.all_beside(plan_file)
     loaded = [approvals.load(path) for path in files]
     if not loaded:
-        applying.check_plan(made)
+        check_plan(made)
         loaded = _ask(made, checksum, colour=colour)
     request = applying.Request(
         dsn=given["dsn"],
@@ -351,10 +355,15 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
             kept.folder.give_back()
         raise
     done = done.model_copy(update={"problems": (*done.problems, *kept.write(done, record.entry))})
-    if given["form"] == "json":
-        _json(done)
-    else:
-        click.echo(text.outcome(done, colour=colour), nl=False)
+    try:
+        if given["form"] == "json":
+            _json(done)
+        else:
+            click.echo(text.outcome(done, colour=colour), nl=False)
+        sys.stdout.flush()
+    except OSError:
+        # It is committed: that nobody could read so must not look like a failure.
+        sys.stdout = None
     ctx.exit(0)
 
 
@@ -468,7 +477,6 @@ def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
             found = survey(conn, wanted)
     moved = drifting.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
     report = drifting.report(
-        wanted,
         moved,
         target=found.target,
         entry=found.last.entry,
@@ -561,10 +569,10 @@ def ledger(print_sql: bool) -> None:
       reconciler ledger --print-sql
       reconciler ledger --print-sql | psql "$RECONCILER_DSN"
     """
-    from reconciler import ledger as ledgers
+    from reconciler import setup
 
     del print_sql
-    click.echo(ledgers.source(), nl=False)
+    click.echo(setup.source(), nl=False)
 
 
 @cli.group()
@@ -573,8 +581,8 @@ def sandbox() -> None:
 
     \b
     Examples:
-      reconciler sandbox up examples/dieu45/baseline
-      reconciler sandbox load examples/dieu45/baseline --dsn postgresql://postgres@localhost/empty
+      reconciler sandbox up my/schema
+      reconciler sandbox load my/schema --dsn postgresql://postgres@localhost/empty
     """
 
 
@@ -587,7 +595,7 @@ def up(directory: Path | None, data: Path | None) -> None:
     \b
     Examples:
       reconciler sandbox up
-      reconciler sandbox up examples/dieu45/baseline
+      reconciler sandbox up my/schema
     """
     from reconciler import sandbox as sandboxes
 
@@ -617,7 +625,7 @@ def load(directory: Path, dsn: str) -> None:
 
     \b
     Examples:
-      reconciler sandbox load examples/dieu45/baseline --dsn postgresql://postgres@localhost/app
+      reconciler sandbox load my/schema --dsn postgresql://postgres@localhost/app
       reconciler sandbox load my/schema --dsn "host=/run/postgresql dbname=trial"
     """
     from reconciler import sandbox as sandboxes

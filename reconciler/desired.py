@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from pydantic import Field
@@ -29,7 +29,7 @@ from reconciler.model import (
     Policy,
     Scope,
 )
-from reconciler.parts import Captured, Complaint, Context, relation
+from reconciler.parts import Captured, Complaint, Context, own_relation
 from reconciler.sql import split_identity
 from reconciler.yamltext import Document, parse, read_text, validate
 
@@ -344,7 +344,7 @@ def _pins(sections: Mapping[str, Mapping[str, _Entry]]) -> tuple[dict[str, Captu
 
 def _qualified(entry: _Entry, path: tuple[str | int, ...], text: str) -> list[Problem]:
     try:
-        relation(text)
+        own_relation(text)
     except ValueError as error:
         return [entry.problem(str(error), path, value=True)]
     return []
@@ -407,7 +407,7 @@ def _items(
             if declaration is None:
                 continue
             problems += _gates_exist(entry, getattr(declaration, "gates", ()), sections.get("gates", {}))
-            spec, rules, complaints = kind.declare(name, declaration, context)
+            spec, rules, complaints = kind.declare(name, declaration, replace(context, items=items))
             problems += _placed(entry, complaints)
             if spec is not None and rules is not None:
                 item = Declared(kind.name, name, spec, rules, entry.place)

@@ -49,6 +49,9 @@ def _change(
     new = wanted.after.dump()
     hazards: set[Hazard] = kind.hazards(before, wanted.after, item.rules)
     applied = last.get(item.address)
+    if applied is not None:
+        # By the installed rules as well: a file that drops a lock does not drop the hazard with it.
+        hazards |= kind.hazards(before, wanted.after, kind.load_rules(applied["rules"]))
     reason = "declared and missing" if before is None else "differs from what is declared"
     if applied is not None and applied["spec"] != (None if before is None else kind.essence(before).dump()):
         hazards.add("overwrites_drift")
@@ -87,28 +90,40 @@ def _forgotten(desired: Desired, last: Mapping[str, Json]) -> list[Change]:
 def _ordered(found: Sequence[Change]) -> list[Change]:
     """By kind in the order of an apply; functions after the functions that their bodies name, otherwise by address."""
     order = {name: index for index, name in enumerate(kinds())}
-    ranked = sorted(found, key=lambda change: (order[change.kind], change.address))
-    bodies: dict[str, str] = {change.address: (change.after or {}).get("body", "") for change in ranked}
-    names = {address: re.compile(rf"\b{re.escape((change.after or {}).get('name', ''))}\b")
-             for address, change in ((change.address, change) for change in ranked) if bodies[address]}  # fmt: skip
-    done: list[Change] = []
-    placed: set[str] = set()
-    visiting: set[str] = set()
-    by_address = {change.address: change for change in ranked}
-
-    def place(change: Change) -> None:
-        if change.address in placed or change.address in visiting:
-            return  # placed, or a cycle: PL/pgSQL bodies are resolved when they run
-        visiting.add(change.address)
-        for address, name in names.items():
-            if address != change.address and name.search(bodies[change.address]):
-                place(by_address[address])
-        placed.add(change.address)
-        done.append(change)
-
-    for change in ranked:
-        place(change)
-    return done
+    ranked = {
+        change.address: change for change in sorted(found, key=lambda change: (order[change.kind], change.address))
+    }
+    after = {address: change.after or {} for address, change in ranked.items()}
+    named: dict[str, list[str]] = {}
+    for address, thing in after.items():
+        if "body" in thing:
+            named.setdefault(thing["name"], []).append(address)
+    needs = {
+        address: sorted(
+            other
+            for word in set(re.findall(r"\w+", thing.get("body", ""))) & set(named)
+            for other in named[word]
+            if other != address
+        )
+        for address, thing in after.items()
+    }
+    done: dict[str, Change] = {}
+    seen: set[str] = set()
+    for start in ranked:
+        # Depth first with a stack of our own: a chain of functions may be longer than Python's.
+        stack = [(start, iter(needs[start]))] if start not in seen else []
+        seen.add(start)
+        while stack:
+            address, rest = stack[-1]
+            # What was seen and is not done is a cycle: PL/pgSQL resolves names when it runs.
+            following = next((other for other in rest if other not in seen), None)
+            if following is None:
+                done[address] = ranked[address]
+                stack.pop()
+            else:
+                seen.add(following)
+                stack.append((following, iter(needs[following])))
+    return list(done.values())
 
 
 def fields(before: Json, after: Json) -> tuple[FieldChange, ...]:

@@ -12,7 +12,6 @@ from reconciler.kinds import kinds
 from reconciler.model import (
     FORMAT_VERSION,
     Action,
-    Declared,
     Desired,
     Drift,
     Entry,
@@ -59,7 +58,7 @@ class Classified:
 
 
 def classify(desired: Desired, last: Mapping[str, Json], live: Live, *, last_known: bool) -> Classified:
-    """Every declared object that moved, by address.
+    """Every object that moved, by address: declared ones, and those that only the ledger still knows.
 
     last: the ledger's manifest; empty before the first apply, when nothing can have drifted and all that differs is
     pending. last_known: False when there is a ledger that this role may not read: then what differs from the files
@@ -68,30 +67,34 @@ def classify(desired: Desired, last: Mapping[str, Json], live: Live, *, last_kno
     known = kinds()
     drift: list[Drift] = []
     pending: list[Drift] = []
-    for address, item in desired.items.items():
-        kind = known[item.kind]
+    for address in sorted({*desired.items, *(name for name, entry in last.items() if entry["kind"] in known)}):
+        item = desired.items.get(address)
+        kind = known[item.kind if item else last[address]["kind"]]
         found = live.items.get(address)
         now = None if found is None else kind.essence(found).dump()
-        wanted = kind.essence(item.spec).dump()
+        wanted = None if item is None else kind.essence(item.spec).dump()
         applied = last[address]["spec"] if address in last else None
         if not last_known:
             if now != wanted:
-                drift.append(_moved(item, wanted, now, "differs from the files; what was last applied is not known"))
+                reason = "differs from the files; what was last applied is not known"
+                drift.append(_moved(address, kind.name, wanted, now, reason))
             continue
         if address in last and now != applied:
-            drift.append(_moved(item, applied, now, "changed since the last apply"))
-        if wanted == applied or (applied is None and now == wanted):
-            continue  # as applied, or declared and already there
-        reason = "declared and not applied" if applied is None else "the files changed since the last apply"
-        pending.append(_moved(item, applied, wanted, reason))
+            drift.append(_moved(address, kind.name, applied, now, "changed since the last apply"))
+        if item is None:
+            reason = "the ledger governs it and no file declares it any more"
+            pending.append(Drift(address=address, kind=kind.name, actions=("forget",), before=applied, reason=reason))
+        elif wanted != applied and not (applied is None and now == wanted):
+            reason = "declared and not applied" if applied is None else "the files changed since the last apply"
+            pending.append(_moved(address, kind.name, applied, wanted, reason))
     return Classified(tuple(drift), tuple(pending))
 
 
-def _moved(item: Declared, before: Json, after: Json, reason: str) -> Drift:
+def _moved(address: str, kind: str, before: Json, after: Json, reason: str) -> Drift:
     action: Action = "add" if before is None else "remove" if after is None else "change"
     return Drift(
-        address=item.address,
-        kind=item.kind,
+        address=address,
+        kind=kind,
         actions=(action,),
         before=before,
         after=after,
@@ -110,7 +113,6 @@ def finding_codes(text: str) -> frozenset[str]:
 
 
 def report(  # noqa: PLR0913 - what the report consists of
-    desired: Desired,
     moved: Classified,
     *,
     target: Target,
@@ -122,7 +124,7 @@ def report(  # noqa: PLR0913 - what the report consists of
     now: datetime,
 ) -> DriftReport:
     """The report, with the word of its exit code. fail_on: codes of findings that count as drift."""
-    blocked = blocking(verdicts, desired.policy)
+    blocked = blocking(verdicts)
     failing = any(finding.code in fail_on for finding in findings)
     applied = None
     if entry is not None:

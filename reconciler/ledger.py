@@ -7,19 +7,17 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from postgast import split
+from pydantic import ValidationError
 
-from reconciler import pg
-from reconciler.errors import NotApproved, Refused, ServerProblem
-from reconciler.model import Change, Desired, Entry, Finding, Hazard, Json, Policy, Statement, canonical
+from reconciler import pg, setup
+from reconciler.errors import NotApproved, Refused
+from reconciler.model import Body, Desired, Entry, Finding, Json, Policy, canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-VERSION = 1
 GENESIS = "0" * 64
 """What the first entry of a chain names as its previous hash."""
 
@@ -44,6 +42,11 @@ class Last:
     def policy(self) -> Policy | None:
         """The installed policy."""
         return Policy.model_validate_json(canonical(self.entry.body["policy"])) if self.entry else None
+
+    @property
+    def installed(self) -> Mapping[str, Json] | None:
+        """The last entry's body: policy, scope and manifest as installed; None when there is none."""
+        return self.entry.body if self.entry else None
 
     @property
     def allow_functions(self) -> tuple[str, ...]:
@@ -78,18 +81,14 @@ def last(conn: pg.Connection, name: str) -> Last:
     if not found:
         return Last()
     row = found[0]
-    if row["may_read"] is None:
-        raise ServerProblem(
-            "Schema reconciler exists but has no table entry: it is not a ledger of this program.",
-            hint="Rename that schema, or govern another database.",
-        )
+    check_shape(conn)
     if not (row["usage"] and row["may_read"]):
         return Last(exists=True, readable=False, role=row["role"])
     entries = pg.rows(
         conn,
         """
         SELECT name, number, run_id::pg_catalog.text AS run_id, recorded_at::pg_catalog.text AS recorded_at,
-               previous, hash, body
+               approval_ids::pg_catalog.text[] AS approval_ids, previous, hash, body
           FROM reconciler.entry WHERE name = %s ORDER BY number DESC LIMIT 1
         """,
         (name,),
@@ -100,11 +99,23 @@ def last(conn: pg.Connection, name: str) -> Last:
         """
         SELECT (SELECT hash FROM reconciler.entry WHERE name = %(name)s AND number = 1) AS genesis,
                (SELECT pg_catalog.array_agg(DISTINCT a.id::pg_catalog.text)
-                  FROM reconciler.entry e CROSS JOIN LATERAL pg_catalog.unnest(e.approval_ids) AS a (id)) AS used
+                  FROM reconciler.entry e CROSS JOIN LATERAL pg_catalog.unnest(e.approval_ids) AS a (id)) AS used,
+               (SELECT min(e.number) FROM reconciler.entry e
+                 WHERE e.name = %(name)s
+                   AND e.previous IS DISTINCT FROM
+                       CASE e.number WHEN 1 THEN pg_catalog.repeat('0', 64)
+                            ELSE (SELECT p.hash FROM reconciler.entry p
+                                   WHERE p.name = e.name AND p.number = e.number - 1) END) AS broken
         """,
         {"name": name},
         doing="reading the ledger",
     )[0]
+    if chain["broken"] is not None:
+        raise Refused(
+            f"Ledger entry {chain['broken']} of {name} does not follow the one before it:"
+            " somebody went around the ledger.",
+            hint="Find out who changed reconciler.entry before anything is applied.",
+        )
     return Last(
         exists=True,
         role=row["role"],
@@ -115,9 +126,28 @@ def last(conn: pg.Connection, name: str) -> Last:
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:
+    """The row as an entry. Raises Refused for one that this program cannot have written."""
     if row["hash"] != chained(row["previous"], row["body"]):
         raise Refused(
             f"Ledger entry {row['number']} of {row['name']} does not match its hash: somebody went around the ledger.",
+            hint="Find out who changed reconciler.entry before anything is applied.",
+        )
+    try:
+        body = Body.model_validate_json(row["body"])
+    except ValidationError as error:
+        raise Refused(
+            f"Ledger entry {row['number']} of {row['name']} is not one that reconciler wrote:"
+            f" {'.'.join(str(part) for part in error.errors()[0]['loc']) or 'it is no JSON object'}.",
+            hint="Find out who wrote to reconciler.entry before anything is applied.",
+        ) from None
+    # The columns beside the body are for queries; what counts is what the hash covers.
+    if (body.run_id, sorted(approval.id for approval in body.approvals)) != (
+        row["run_id"],
+        sorted(row["approval_ids"]),
+    ):
+        raise Refused(
+            f"Ledger entry {row['number']} of {row['name']} does not have the ids of its body:"
+            " somebody went around the ledger.",
             hint="Find out who changed reconciler.entry before anything is applied.",
         )
     return Entry(
@@ -131,13 +161,52 @@ def _entry(row: Mapping[str, Any]) -> Entry:
     )
 
 
+def check_shape(conn: pg.Connection, *, written_by_us: bool = False) -> None:
+    """Is schema reconciler the ledger that this program creates, with nothing added that could act on its own?
+
+    written_by_us: an apply is about to write to it, so it must also belong to somebody whose code this role may run: a
+    superuser, the owner of the database, or a role it is a member of. Raises Refused.
+    """
+    row = pg.rows(conn, _SHAPE, doing="looking at the ledger")[0]
+    wrong = [
+        sentence
+        for is_wrong, sentence in (
+            (row["columns"] != _COLUMNS, "its columns are not those of a ledger"),
+            (row["constraints"] != _CONSTRAINTS, "its constraints are not those of a ledger"),
+            (row["triggers"] != _TRIGGERS, "its triggers are not those of a ledger"),
+            (row["source"] is None or row["source"] not in setup.source(), "its trigger function is not ours"),
+            (bool(row["others"]), "it has rules, policies or child tables"),
+            (
+                written_by_us and not row["trusted"],
+                f"it belongs to {row['owner']}, whose code this role should not run",
+            ),
+        )
+        if is_wrong
+    ]
+    if wrong:
+        raise Refused(
+            "Schema reconciler exists, but it is not the ledger of this program.",
+            details=wrong,
+            hint="Find out who made it. Drop it, or have a DBA create it with `reconciler ledger --print-sql`.",
+        )
+
+
 def chained(previous: str, body: str) -> str:
     """SHA-256 over the previous hash and the body, as the table's own CHECK computes it."""
     return hashlib.sha256((previous + body).encode()).hexdigest()
 
 
 def check_named(desired: Desired, found: Last) -> None:
-    """Files that name a ledger which is missing or another one are refused, never taken for a first apply."""
+    """Files that name a ledger which is missing or another one are refused, never taken for a first apply.
+
+    So is another target than the ledger's: a physical clone differs from its original in nothing but this name.
+    """
+    applied = found.entry.body["target"]["name"] if found.entry else desired.target
+    if applied != desired.target:
+        raise Refused(
+            f"This is target {desired.target}, but the ledger of {desired.name} here is that of target {applied}.",
+            hint="Check --target and --dsn.",
+        )
     if desired.ledger is None or not found.readable or desired.ledger == found.genesis:
         return
     what = f"begins with {found.genesis}" if found.genesis else "does not exist"
@@ -147,70 +216,74 @@ def check_named(desired: Desired, found: Last) -> None:
     )
 
 
-def setup(desired: Desired, found: Last) -> tuple[Change, ...]:
-    """What an apply would install for the tool itself: the ledger, and the policy when it is not the installed one."""
-    needed: list[Change] = []
-    if not found.exists:
-        needed.append(
-            Change(
-                address="ledger.reconciler",
-                kind="ledger",
-                actions=("add",),
-                after={"version": VERSION},
-                reason="the first apply creates the ledger",
-                statements=tuple(Statement(text=text) for text in split(source())),
-            )
-        )
-    if not found.readable:
-        return tuple(needed)
-    before = found.policy.dump() if found.policy else None
-    after = desired.policy.dump()
-    if before != after:
-        hazards: tuple[Hazard, ...] = ("changes_policy",) if before is not None else ()
-        needed.append(
-            Change(
-                address=f"policy.{desired.name}",
-                kind="policy",
-                actions=("add",) if before is None else ("change",),
-                before=before,
-                after=after,
-                reason="the first policy" if before is None else "differs from the installed policy",
-                hazards=hazards,
-            )
-        )
-    return tuple(needed)
-
-
-def source() -> str:
-    """The SQL that creates the ledger, as a DBA could run it beforehand."""
-    return files("reconciler").joinpath("ledger.sql").read_text("utf-8")
-
-
-def append(  # noqa: PLR0913 - one argument per column
-    conn: pg.Connection,
-    name: str,
-    found: Last,
-    *,
-    run_id: str,
-    approval_ids: Sequence[str],
-    body: Mapping[str, Json],
-) -> Entry:
+def append(conn: pg.Connection, name: str, found: Last, body: Body) -> Entry:
     """Write the next entry in the caller's transaction. Raises NotApproved for an approval that was used before."""
     previous = found.entry.hash if found.entry else GENESIS
     number = found.entry.number + 1 if found.entry else 1
-    text = canonical(body).decode()
-    used = sorted(found.used & set(approval_ids))
+    text = canonical(body.dump()).decode()
+    ids = [approval.id for approval in body.approvals]
+    used = sorted(found.used & set(ids))
     if used:
         raise NotApproved(f"Approval {used[0]} was used before; an approval is for one apply.")
     row = pg.rows(
         conn,
         """
-        INSERT INTO reconciler.entry (name, number, run_id, approval_ids, body, previous, hash)
-        VALUES (%s, %s, %s::pg_catalog.uuid, %s::pg_catalog.uuid[], %s, %s, %s)
+        INSERT INTO reconciler.entry (name, number, run_id, recorded_at, approval_ids, body, previous, hash)
+        VALUES (%s, %s, %s::pg_catalog.uuid, %s::pg_catalog.timestamptz, %s::pg_catalog.uuid[], %s, %s, %s)
         RETURNING name, number, run_id::pg_catalog.text AS run_id, recorded_at::pg_catalog.text AS recorded_at,
-                  previous, hash, body
+                  approval_ids::pg_catalog.text[] AS approval_ids, previous, hash, body
         """,
-        (name, number, run_id, list(approval_ids), text, previous, chained(previous, text)),
+        (name, number, body.run_id, body.recorded_at, ids, text, previous, chained(previous, text)),
         doing="writing the ledger entry",
     )[0]
     return _entry(row)
+
+
+_COLUMNS = [
+    "name text not null",
+    "number bigint not null",
+    "run_id uuid not null",
+    "recorded_at timestamp with time zone not null",
+    "approval_ids uuid[] not null",
+    "body text not null",
+    "previous text not null",
+    "hash text not null",
+]
+_CONSTRAINTS = [
+    "entry_hash_check c",
+    "entry_hash_key u",
+    "entry_number_check c",
+    "entry_pkey p",
+    "entry_previous_check c",
+    "entry_run_id_key u",
+]
+_TRIGGERS = ["entry_is_append_only_row O", "entry_is_append_only_statement O"]
+
+_SHAPE = """
+SELECT (SELECT pg_catalog.array_agg(
+                   pg_catalog.format('%s %s%s', a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod),
+                                     CASE WHEN a.attnotnull THEN ' not null' ELSE '' END) ORDER BY a.attnum)
+          FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
+       (SELECT pg_catalog.array_agg(pg_catalog.format('%s %s', k.conname, k.contype) ORDER BY k.conname)
+          FROM pg_catalog.pg_constraint k
+         WHERE k.conrelid = c.oid AND k.contype <> 'n' AND k.convalidated) AS constraints,
+       (SELECT pg_catalog.array_agg(pg_catalog.format('%s %s', t.tgname, t.tgenabled) ORDER BY t.tgname)
+          FROM pg_catalog.pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal) AS triggers,
+       (SELECT pg_catalog.max(p.prosrc) FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+         WHERE t.tgrelid = c.oid AND NOT t.tgisinternal
+        HAVING pg_catalog.count(DISTINCT p.oid) = 1) AS source,
+       EXISTS (SELECT FROM pg_catalog.pg_rewrite r WHERE r.ev_class = c.oid)
+           OR EXISTS (SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = c.oid)
+           OR EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE c.oid IN (i.inhrelid, i.inhparent)) AS others,
+       o.rolname::pg_catalog.text AS owner,
+       o.rolsuper
+           -- A superuser is a member of everything; that says nothing about whose code it should run.
+           OR (SELECT NOT me.rolsuper FROM pg_catalog.pg_roles me WHERE me.rolname = current_user)
+              AND pg_catalog.pg_has_role(o.oid, 'MEMBER')
+           OR o.oid = (SELECT d.datdba FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
+           AS trusted
+  FROM (SELECT 1) AS one
+  LEFT JOIN pg_catalog.pg_class c ON c.relname = 'entry' AND c.relkind = 'r'
+        AND c.relnamespace = (SELECT n.oid FROM pg_catalog.pg_namespace n WHERE n.nspname = 'reconciler')
+  LEFT JOIN pg_catalog.pg_roles o ON o.oid = c.relowner
+"""

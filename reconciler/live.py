@@ -15,17 +15,20 @@ from reconciler.kinds import kinds
 from reconciler.model import Address, Asked, Check, Desired, Finding, Json, Live, Model, NotCompared, Target, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
-def read(conn: pg.Connection, desired: Desired) -> Live:
-    """Every declared object as it is, with facts and findings. The caller's transaction decides what is seen."""
+def read(conn: pg.Connection, desired: Desired, allow_functions: Sequence[str]) -> Live:
+    """Every declared object as it is, with facts and findings. The caller's transaction decides what is seen.
+
+    allow_functions: the installed policy's, for queries that declarations hold.
+    """
     items: dict[str, Model] = {}
     facts: dict[str, Mapping[str, Json]] = {}
     findings: list[Finding] = []
     for kind in kinds().values():
         wanted = [item for item in desired.items.values() if item.kind == kind.name]
-        reading = kind.read(conn, wanted, desired.scope, desired.stores)
+        reading = kind.read(conn, wanted, desired, allow_functions)
         items.update(reading.items)
         facts.update(reading.facts)
         findings += reading.findings
@@ -37,6 +40,9 @@ def judge(conn: pg.Connection, asked: Asked, memos: Mapping[Address, Json] | Non
 
     memos: what `remember` returned at BEGIN, when asked inside an apply.
     """
+    # Statistics views are cached for the whole transaction: without this, the second look of an apply would see the
+    # sessions of the first, and a background worker that has ended meanwhile as one without a type.
+    pg.rows(conn, "SELECT pg_catalog.pg_stat_clear_snapshot()::pg_catalog.text AS cleared")
     return tuple(
         kind.run(conn, check, replace(asked, memo=(memos or {}).get(check.address))) for kind, check in _checks(asked)
     )

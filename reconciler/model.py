@@ -273,6 +273,8 @@ class Verdict(Model):
     detail: str
     missing: str = ""
     """For not_judged: the privilege that the role lacks."""
+    tolerated: bool = False
+    """For not_judged: the installed policy lets it stay so."""
     before: str | None = None
     after: str | None = None
     predicted: str | None = None
@@ -317,17 +319,27 @@ class NotCompared(Model):
     count: int
 
 
-def blocking(verdicts: Sequence[Verdict], policy: Policy) -> tuple[Verdict, ...]:
+def tolerated(verdicts: Sequence[Verdict], policy: Policy) -> tuple[Verdict, ...]:
+    """The verdicts, marked where the installed policy lets them stay not judged."""
+    return tuple(
+        verdict.model_copy(update={"tolerated": True})
+        if verdict.status == "not_judged" and verdict.address.partition(".")[2] in policy.allow_not_judged
+        else verdict
+        for verdict in verdicts
+    )
+
+
+def blocking(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
     """The verdicts that forbid an apply. This rule's one place.
 
-    A violated invariant, a failed proof, a surface row that is not as predicted; and what was not judged, unless the
-    installed policy says that it may stay so.
+    A violated invariant, a failed proof, a surface row that is not as predicted; and what was not judged and is not
+    tolerated.
     """
     return tuple(
         verdict
         for verdict in verdicts
         if verdict.status in {"violated", "failed", "differs"}
-        or (verdict.status == "not_judged" and verdict.address.partition(".")[2] not in policy.allow_not_judged)
+        or (verdict.status == "not_judged" and not verdict.tolerated)
     )
 
 
@@ -467,7 +479,12 @@ class Plan(Model):
     @property
     def blocking(self) -> tuple[Verdict, ...]:
         """The checks that forbid an apply: violated, or not judged and not allowed to stay so."""
-        return blocking(self.checks, Policy.model_validate_json(canonical(self.desired["policy"])))
+        return blocking(self.checks)
+
+    @property
+    def statements(self) -> tuple[Statement, ...]:
+        """Every statement, in the order of an apply."""
+        return tuple(statement for change in (*self.setup, *self.changes) for statement in change.statements)
 
     @property
     def has_changes(self) -> bool:
@@ -490,6 +507,32 @@ class Approval(Model):
     issued_at: Moment
     expires_at: Moment
     signature: str | None = None
+
+
+class Governed(Model):
+    """One line of a manifest: an object in its live form after the apply, with its rules; or a check."""
+
+    kind: str
+    name: str
+    spec: JsonObject
+    rules: JsonObject = {}
+    facts: JsonObject = {}
+
+
+class Body(Model):
+    """What a ledger entry says; its hash covers all of it."""
+
+    format_version: str
+    run_id: str
+    recorded_at: str
+    target: Target
+    plan: JsonObject
+    approvals: tuple[Approval, ...]
+    policy: Policy
+    scope: JsonObject
+    manifest: dict[Address, Governed]
+    checks: tuple[Verdict, ...]
+    transaction_id: str
 
 
 class Entry(Model):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from psycopg import sql
 
 from reconciler import pg
 from reconciler.errors import MissingPrivilege, ServerProblem
-from reconciler.model import GateStore, JsonObject, Model, Policy, Statement
+from reconciler.model import Address, Declared, GateStore, JsonObject, Model, Policy, Statement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,6 +44,8 @@ class Context:
     pins: Mapping[str, Captured]
     capturing: bool = False
     """While `reconciler pin` captures: a pin without lines is no problem."""
+    items: Mapping[Address, Declared] = field(default_factory=dict[str, "Declared"])
+    """What kinds before this one declared."""
 
 
 def discover(package: str, paths: Sequence[str], attribute: str) -> dict[str, Any]:
@@ -76,6 +78,17 @@ def schema_and_pattern(text: str) -> tuple[str, str]:
     return schema, pattern
 
 
+SYSTEM_SCHEMAS = frozenset({"information_schema", "pg_catalog", "pg_toast", "reconciler"})
+
+
+def own_relation(text: str) -> tuple[str, str]:
+    """`schema.name` of a table that rows may be governed in. Raises ValueError for one of the system's."""
+    schema, name = relation(text)
+    if schema in SYSTEM_SCHEMAS or schema.startswith("pg_"):
+        raise ValueError(f"{text} belongs to the system; no gate or marker lives there")
+    return schema, name
+
+
 def identifier(text: str) -> sql.Identifier:
     """The qualified name as something that composes into SQL."""
     return sql.Identifier(*relation(text))
@@ -104,11 +117,11 @@ def single_value(conn: pg.Connection, query: str, doing: str) -> tuple[str | Non
     """
     shape = sql.SQL("SELECT * FROM ({}\n) AS q LIMIT 0").format(raw(query))
     pg.timeout(conn, QUERY_TIMEOUT_MS)
-    columns = pg.width(conn, shape, doing)
+    columns = pg.width(conn, shape, doing, quiet=True)
     if columns != 1:
         return None, f"has {columns} columns; it must have exactly one"
     text = sql.SQL("SELECT pg_catalog.left(q.v::pg_catalog.text, {}) AS value FROM ({}\n) AS q (v) LIMIT 2")
-    found = pg.rows(conn, text.format(sql.Literal(MAX_TEXT + 1), raw(query)), doing=doing)
+    found = pg.rows(conn, text.format(sql.Literal(MAX_TEXT + 1), raw(query)), doing=doing, quiet=True)
     if len(found) != 1:
         return None, f"gives {'no row' if not found else 'more than one row'}; it must give exactly one value"
     value: str | None = found[0]["value"]
@@ -170,6 +183,12 @@ def unreadable(conn: pg.Connection, relations: Sequence[str]) -> tuple[str, str]
     return None
 
 
+def hold(conn: pg.Connection, name: str, address: str) -> None:
+    """Take the lock that writing takes anyway: until COMMIT nobody adds a trigger, a rule or a column."""
+    statement = sql.SQL("LOCK TABLE {} IN ROW EXCLUSIVE MODE").format(identifier(name))
+    pg.run(conn, statement, doing=f"locking {address}")
+
+
 class Table(NamedTuple):
     """What the catalog says of one table: column name -> type, and the column sets of its unique indexes."""
 
@@ -190,7 +209,8 @@ def table(conn: pg.Connection, name: str, purpose: str, key: Sequence[str], colu
         SELECT c.oid::pg_catalog.int8 AS oid, c.relkind::pg_catalog.text AS relkind,
                current_user::pg_catalog.text AS role,
                pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS usage,
-               pg_catalog.has_table_privilege(c.oid, 'SELECT') AS may_read
+               pg_catalog.has_table_privilege(c.oid, 'SELECT') AS may_read,
+               c.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid) AS children
           FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname = %s AND c.relname = %s
         """,
@@ -207,6 +227,11 @@ def table(conn: pg.Connection, name: str, purpose: str, key: Sequence[str], colu
         raise MissingPrivilege(
             f"{purpose}: role {row['role']} lacks {what}.",
             hint=f"GRANT {what.replace(' on ', ' ON ')} TO {row['role']};",
+        )
+    if row["children"]:
+        raise ServerProblem(
+            f"{purpose}: table {name} has child tables, whose rows its readers see and its indexes do not cover.",
+            hint="Detach them (ALTER TABLE ... NO INHERIT).",
         )
     attributes = pg.rows(
         conn,

@@ -28,6 +28,8 @@ NEWEST_TESTED_MAJOR = 18
 SESSION: tuple[LiteralString, ...] = (
     "SET LOCAL search_path = ''",
     "SET LOCAL row_security = off",
+    # The verdict on a declared query was made for strings read this way.
+    "SET LOCAL standard_conforming_strings = on",
     "SET LOCAL timezone = 'UTC'",
     "SET LOCAL datestyle = 'ISO, YMD'",
     "SET LOCAL intervalstyle = 'postgres'",
@@ -58,6 +60,7 @@ def connect(dsn: str | None, command: str) -> Connection:
             prepare_threshold=None,
             row_factory=dict_row,
             application_name=f"reconciler {command}",
+            client_encoding="UTF8",
             connect_timeout=10,
             keepalives=1,
             keepalives_idle=10,
@@ -128,37 +131,42 @@ def rows(
     query: Query,
     params: Mapping[str, Any] | Sequence[Any] | None = None,
     doing: str = "",
+    *,
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """All rows of a query, as dictionaries. Raises what `translated` makes of a driver error."""
+    """All rows of a query, as dictionaries. Raises what `translated` makes of a driver error.
+
+    quiet: for queries of the files, whose errors can quote any value that the role may read.
+    """
     try:
         return conn.execute(query, params).fetchall()
     except psycopg.Error as error:
-        raise translated(error, doing) from error
+        raise translated(error, doing, quiet=quiet) from error
 
 
-def width(conn: Connection, query: Query, doing: str = "") -> int:
-    """How many columns a query has. Raises what `translated` makes of a driver error."""
+def width(conn: Connection, query: Query, doing: str = "", *, quiet: bool = False) -> int:
+    """How many columns a query has. Raises what `translated` makes of a driver error; `quiet` as in `rows`."""
     try:
         return len(conn.execute(query).description or ())
     except psycopg.Error as error:
-        raise translated(error, doing) from error
+        raise translated(error, doing, quiet=quiet) from error
 
 
-def translated(error: psycopg.Error, doing: str = "") -> ReconcilerError:
+def translated(error: psycopg.Error, doing: str = "", *, quiet: bool = False) -> ReconcilerError:
     """The driver's error as ours: one sentence with the SQLSTATE and what was being done.
 
     A lock that was not to be had, a deadlock and a serialization failure are `Locked` (exit 4); a catalog tuple that
-    somebody else changed under us is `Stale`; a missing privilege names the object as the server does.
+    somebody else changed under us is `Stale`; a missing privilege names the object as the server does. quiet: nothing
+    of the server's words but the SQLSTATE.
     """
     state = error.sqlstate or "no SQLSTATE"
     primary = error.diag.message_primary or _first_line(error)
-    if state.startswith("22"):
-        # A data exception quotes the value: casting a secret to a number would print it in a pull request.
-        primary = _without_values(primary)
+    if quiet:
+        # Casting a secret to a number, or to a role, makes the server quote it; a pull request would print it.
+        primary = "the time-out ran out" if state == "57014" else "the server refused the query"
     prefix = f"{doing}: " if doing else ""
     message = f"{prefix}{primary} (SQLSTATE {state})"
-    told = () if state.startswith("22") else (error.diag.message_detail, error.diag.context)
-    details = [line for line in told if line]
+    details = [line for line in (error.diag.message_detail, error.diag.context) if line and not quiet]
     if state == "42501":
         return MissingPrivilege(message, hint="Grant the role what is missing, or run as a role that has it.")
     if state in {"55P03", "40P01", "40001"}:
@@ -169,7 +177,7 @@ def translated(error: psycopg.Error, doing: str = "") -> ReconcilerError:
         return ServerProblem(message, hint="The statement ran into its time-out. Nothing was changed.")
     if state.startswith(("08", "57P")) or (error.sqlstate is None and isinstance(error, psycopg.OperationalError)):
         return ServerProblem(f"{prefix}the connection was lost: {primary} (SQLSTATE {state})", details=details)
-    return ServerProblem(message, hint=error.diag.message_hint or "", details=details)
+    return ServerProblem(message, hint="" if quiet else error.diag.message_hint or "", details=details)
 
 
 def identify(conn: Connection) -> Target:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+MAX_FILE = 256 * 1024**2
+
+
 def build(  # noqa: PLR0913 - these are the inputs of the flow, each once
     desired: Desired,
     live: Live,
@@ -68,7 +72,7 @@ def build(  # noqa: PLR0913 - these are the inputs of the flow, each once
     effects = effects_digest(declared, setup, found)
     summary = summarize(found, len(drift), len(live.findings))
     return Plan(
-        outcome="violated" if blocking(verdicts, desired.policy) else "changes" if setup or found else "no_changes",
+        outcome="violated" if blocking(verdicts) else "changes" if setup or found else "no_changes",
         tool=f"reconciler {__version__}",
         created_at=stamp(now),
         expires_at=stamp(now + timedelta(milliseconds=milliseconds(desired.policy.approval.expires))),
@@ -186,6 +190,27 @@ def dump_desired(desired: Desired) -> dict[str, Json]:
     }
 
 
+def with_forgotten(desired: Desired, manifest: Mapping[str, Json]) -> Desired:
+    """The declarations, and what the ledger knows beside them: what was forgotten is still looked at."""
+    known, judging = kinds(), checks()
+    items = {
+        address: Declared(
+            kind=entry["kind"],
+            name=entry["name"],
+            spec=known[entry["kind"]].load(entry["spec"]),
+            rules=known[entry["kind"]].load_rules(entry["rules"]),
+        )
+        for address, entry in manifest.items()
+        if entry["kind"] in known and address not in desired.items
+    }
+    judged = {
+        address: Check(kind=entry["kind"], name=entry["name"], spec=judging[entry["kind"]].load(entry["spec"]))
+        for address, entry in manifest.items()
+        if entry["kind"] in judging and address not in desired.checks
+    }
+    return replace(desired, items={**desired.items, **items}, checks={**desired.checks, **judged})
+
+
 def load_desired(data: Json) -> Desired:
     """Everything declared, from a plan. Raises PlanDamaged when it is not what `dump_desired` writes."""
     known, judging = kinds(), checks()
@@ -260,6 +285,10 @@ def replace_file(path: Path, data: bytes, *, private: bool) -> None:
 def read(path: Path, what: str) -> dict[str, Json]:
     """The document of a file that `write` wrote, byte for byte. Raises UsageError, PlanDamaged."""
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no ordinary file.")
+        if path.stat().st_size > MAX_FILE:
+            raise PlanDamaged(f"{path} is larger than {MAX_FILE // 1024**2} MiB; no {what} is.")
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"Cannot read {what} {path}: {error.strerror}.") from None

@@ -51,7 +51,7 @@ def prove(dsn: str | None, desired: Desired, *, allow_untested: bool = False) ->
 def report(desired: Desired, target: Target, verdicts: tuple[Verdict, ...], seconds: float) -> ProofReport:
     """The verdicts with the word that sums them up."""
     return ProofReport(
-        outcome="proof_failed" if blocking(verdicts, desired.policy) else "no_changes",
+        outcome="proof_failed" if blocking(verdicts) else "no_changes",
         target=target,
         seconds=round(seconds, 3),
         proofs=verdicts,

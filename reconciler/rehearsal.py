@@ -103,7 +103,7 @@ def rehearse(dsn: str | None, scratch: str, desired: Desired, plan: Plan) -> Reh
             _copy_row(conn, copy, table, key)
         _execute(copy, plan, desired.policy)
         with pg.snapshot(copy):
-            there = live.read(copy, desired)
+            there = live.read(copy, desired, desired.policy.allow_functions)
             left = differences(desired, there, {})
         if left:
             raise ServerProblem(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reconciler import ledger, live, plan
-from reconciler.model import Asked
+from reconciler import ledger, live, plan, setup
+from reconciler.model import Asked, tolerated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,18 +44,23 @@ class Survey:
 
 
 def survey(conn: Connection, desired: Desired) -> Survey:
-    """Look at everything, inside the caller's transaction. Raises UsageError, ServerProblem, Refused."""
+    """Look at everything, inside the caller's transaction. Raises UsageError, ServerProblem, Refused.
+
+    What the ledger knows and the files no longer declare is read and judged too: protection outlives its line.
+    """
     target = live.identify(conn, desired)
     last = ledger.last(conn, desired.name)
     ledger.check_named(desired, last)
-    found = live.read(conn, desired)
+    whole = plan.with_forgotten(desired, last.manifest)
+    found = live.read(conn, whole, last.allow_functions)
     found = type(found)(found.items, found.facts, (*last.findings, *found.findings))
+    policy = last.policy or desired.policy
     return Survey(
         desired=desired,
         target=target,
         last=last,
         live=found,
-        setup=ledger.setup(desired, last),
-        verdicts=live.judge(conn, Asked(desired, last.allow_functions)),
+        setup=setup.changes(desired, exists=last.exists, readable=last.readable, installed=last.installed),
+        verdicts=tolerated(live.judge(conn, Asked(whole, last.allow_functions)), policy),
         not_compared=live.not_compared(conn, desired),
     )

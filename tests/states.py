@@ -218,17 +218,26 @@ def live(items: Mapping[str, Model] | None = None, facts: Mapping[str, Mapping[s
 
 def bound(value: str = "2026-05-22 11:31:41+00") -> dict[str, Json]:
     """The facts of a marker of `marker()` that is missing."""
-    return {"binds": {"seen": {"value": value}}, "expected": {"beats": "0"}}
+    types = {"p_seen": "timestamp with time zone", "p_note": "text"}
+    return {"binds": {"seen": {"value": value}}, "expected": {"beats": "0"}, "via": [types]}
 
 
 def manifest(wanted: Desired, found: Mapping[str, Model]) -> dict[str, Json]:
     """What the ledger would remember after `wanted` was applied and `found` was there."""
     entries: dict[str, Json] = {
-        address: {"kind": item.kind, "spec": kinds()[item.kind].essence(found[address]).dump()}
+        address: {
+            "kind": item.kind,
+            "name": item.name,
+            "spec": kinds()[item.kind].essence(found[address]).dump(),
+            "rules": item.rules.dump(),
+        }
         for address, item in wanted.items.items()
         if address in found
     }
-    return entries | {address: {"kind": one.kind, "spec": one.spec.dump()} for address, one in wanted.checks.items()}
+    return entries | {
+        address: {"kind": one.kind, "name": one.name, "spec": one.spec.dump(), "rules": {}}
+        for address, one in wanted.checks.items()
+    }
 
 
 def build(wanted: Desired, found: Live | None = None, **given: Any) -> Plan:

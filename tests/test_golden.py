@@ -12,18 +12,22 @@ What differs from run to run and from server to server is replaced by a word in 
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import signal
+import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
 import pytest
 
+from reconciler.cli import main
 from tests.servers import PROJECT
 
 if TYPE_CHECKING:
-    import subprocess
+    from pathlib import Path
 
     from tests.conftest import Command
     from tests.servers import Database, Server
@@ -44,19 +48,38 @@ def roles(server: Server) -> None:
     """The roles of all cases; they are the server's, so whichever worker comes first makes them."""
     with psycopg.connect(server.dsn(), autocommit=True) as conn:
         for name in ROLES:
-            try:
+            with suppress(psycopg.errors.DuplicateObject, psycopg.errors.UniqueViolation):
                 conn.execute(f"CREATE ROLE {name}".encode())
-            except (psycopg.errors.DuplicateObject, psycopg.errors.UniqueViolation):
-                pass
+
+
+class Printed(NamedTuple):
+    """What a command printed and how it ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def called(folder: Path, *arguments: str) -> Printed:
+    """The command, called in this process: starting the fifteen of a case would take most of the time."""
+    out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = ["reconciler", *arguments]
+    try:
+        with chdir(folder), redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+    assert isinstance(ended.value.code, int)
+    return Printed(ended.value.code, out.getvalue(), err.getvalue())
 
 
 class Case:
     """One case under way: runs commands in its folder and keeps what they print."""
 
-    def __init__(self, folder: Path, db: Database, cli: Command, scratch: Path) -> None:
+    def __init__(self, folder: Path, db: Database, scratch: Path) -> None:
         self.folder = folder
         self.db = db
-        self.cli = cli
         self.plan_file = scratch / "golden.plan"
         self.printed: dict[str, str] = {}
         self.codes: list[str] = []
@@ -68,12 +91,11 @@ class Case:
             self.db.execute(path.read_text())
         return path.exists()
 
-    def run(self, step: str, command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(self, step: str, command: str, *arguments: str | Path) -> Printed:
         """Run a command and keep its exit code; `--dsn` is added where the command reaches the database."""
         dsn = () if command in {"validate", "approve"} else ("--dsn", self.db.dsn)
-        done = self.cli(command, *arguments, *dsn, check=False, cwd=self.folder)
+        done = called(self.folder, command, *map(str, arguments), *dsn)
         self.codes.append(f"{step}: {done.returncode}")
-        assert "Traceback" not in done.stderr
         return done
 
     def keep(self, name: str, text: str) -> None:
@@ -140,8 +162,8 @@ def play(case: Case) -> None:
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
-def test_golden(folder: Path, db: Database, cli: Command, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    case = Case(folder, db, cli, tmp_path)
+def test_golden(folder: Path, db: Database, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    case = Case(folder, db, tmp_path)
     play(case)
     case.printed["exit-codes.txt"] = "".join(f"{line}\n" for line in case.codes)
     printed = {name: text for name, text in case.printed.items() if text}
@@ -197,7 +219,7 @@ def as_json(text: str, database: str) -> str:
     if document["outcome"] in {"error", "stale"}:
         assert set(document) == {"format_version", "outcome", "errors", "hint"}
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    assert KEYS <= set(document)
+    assert set(document) >= KEYS
     for name in ("created_at", "expires_at", "tool"):
         document[name] = name.upper()
     document["target"] |= {"database": "DATABASE", "system_identifier": "IDENTIFIER", "server_version": "VERSION"}

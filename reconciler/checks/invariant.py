@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, LiteralString
 
 from psycopg import sql
@@ -345,16 +344,15 @@ def _query(  # noqa: PLR0911 - one per way to be judged
         query = sql.SQL(
             "SELECT pg_catalog.count(*) AS found FROM (SELECT FROM ({}\n) AS q LIMIT {}) AS counted"
         ).format(raw(spec.query), sql.Literal(MAX_ROWS + 1))
-        found: int = pg.rows(conn, query, doing=doing)[0]["found"]
+        found: int = pg.rows(conn, query, doing=doing, quiet=True)[0]["found"]
         return _verdict(address, found == spec.rows, f"{found} rows, expected {spec.rows}")
     value, error = single_value(conn, spec.query, doing)
     if value is None:
         return _verdict(address, False, f"the query {error}")
     if value == spec.equals:
         return _verdict(address, True, "equal")
-    # Never the value: what the planner may read, a pull request could print.
-    seen = hashlib.sha256(value.encode()).hexdigest()[:16]
-    return _verdict(address, False, f"another value (sha256:{seen}) than declared")
+    # Not the value, nor a digest that a short one could be guessed from: a pull request could print it.
+    return _verdict(address, False, "another value than declared")
 
 
 def _obstacle(conn: pg.Connection, query: str, allow_functions: Sequence[str]) -> tuple[str, str] | None:

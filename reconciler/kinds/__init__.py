@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 from reconciler.model import (
     Change,
     Declared,
+    Desired,
     Finding,
-    GateStore,
     Hazard,
     Json,
     JsonObject,
     Model,
-    Scope,
     Statement,
     canonical,
 )
@@ -75,7 +74,7 @@ class Kind(ABC, Generic[D, S, R]):
 
     @abstractmethod
     def read(
-        self, conn: pg.Connection, wanted: Sequence[Declared], scope: Scope, stores: Mapping[str, GateStore]
+        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
     ) -> Reading:
         """The declared objects that exist, and findings for undeclared ones in scope. Reads only."""
 

@@ -15,13 +15,12 @@ from reconciler.kinds import Blocked, Kind, Reading, Wanted
 from reconciler.model import (
     Change,
     Declared,
+    Desired,
     Finding,
-    GateStore,
     Hazard,
     Json,
     JsonObject,
     Model,
-    Scope,
     Statement,
     glob_regex,
 )
@@ -120,7 +119,7 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         if canonical is not None and found != canonical:
             problems.append(Complaint((), f"{path} creates {found}, not {canonical}"))
         checked = True
-        if routine.language == "plpgsql":
+        if routine.language in {"plpgsql", "sql"}:
             troubles, checked = check_body(text)
             problems += [Problem(path, trouble.line, trouble.column, trouble.message) for trouble in troubles]
         problems += _rules(declaration, routine, context)
@@ -143,7 +142,7 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         return spec, rules, []
 
     def read(
-        self, conn: pg.Connection, wanted: Sequence[Declared], scope: Scope, stores: Mapping[str, GateStore]
+        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
     ) -> Reading:
         """Catalog columns only: the pg_get_* functions show newer text than the snapshot (DESIGN 12)."""
         declared = {item.name: item for item in wanted if isinstance(item.spec, FunctionSpec)}
@@ -154,8 +153,8 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             {
                 "schemas": [spec.schema_name for spec in specs],
                 "names": [spec.name for spec in specs],
-                "scope_schemas": [entry.schema_name for entry in scope.functions],
-                "scope_patterns": [glob_regex(entry.matching) for entry in scope.functions],
+                "scope_schemas": [entry.schema_name for entry in desired.scope.functions],
+                "scope_patterns": [glob_regex(entry.matching) for entry in desired.scope.functions],
             },
             doing="reading functions",
         )
@@ -536,8 +535,8 @@ def _roles(conn: pg.Connection, specs: Sequence[FunctionSpec]) -> set[str]:
 def _default_grants(conn: pg.Connection) -> list[dict[str, Any]]:
     """Who gets EXECUTE on a new function by ALTER DEFAULT PRIVILEGES: (owner, schema or None, grantee, grantable).
 
-    Without a schema the grants stand in the place of PostgreSQL's own, in a schema they are added. `grantee` is None for
-    PUBLIC, and for a row that grants nothing to anybody.
+    Without a schema the grants stand in the place of PostgreSQL's own, in a schema they are added. `grantee` is None
+    for PUBLIC, and for a row that grants nothing to anybody.
     """
     return pg.rows(
         conn,

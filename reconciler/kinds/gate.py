@@ -13,20 +13,23 @@ from reconciler.kinds import Blocked, Kind, Reading, Wanted
 from reconciler.model import (
     Change,
     Declared,
+    Desired,
     Finding,
     GateStore,
     Hazard,
     Json,
     JsonObject,
     Model,
-    Scope,
     Statement,
     glob_regex,
 )
-from reconciler.parts import Complaint, Context, complete, identifier, raw, table
+from reconciler.parts import Complaint, Context, complete, hold, identifier, raw, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+
+MOST_FINDINGS = 100
 
 
 class GateDeclaration(Model):
@@ -113,32 +116,34 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
         return spec, rules, []
 
     def read(
-        self, conn: pg.Connection, wanted: Sequence[Declared], scope: Scope, stores: Mapping[str, GateStore]
+        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
     ) -> Reading:
         """One query per store: the declared keys, and the keys in scope that nobody declared."""
         items: dict[str, Model] = {}
         facts: dict[str, Mapping[str, Json]] = {}
         findings: list[Finding] = []
-        for name, store in stores.items():
+        for name, store in _stores(wanted, desired).items():
             declared = {
                 item.name: _texts(item.spec, item.rules)
                 for item in wanted
                 if isinstance(item.spec, GateSpec) and isinstance(item.rules, GateRules) and item.rules.store == store
             }
-            patterns = [glob_regex(entry.matching) for entry in scope.gates if entry.store == name]
+            patterns = [glob_regex(entry.matching) for entry in desired.scope.gates if entry.store == name]
             if not declared and not patterns:
                 continue
             kind = _value_type(conn, name, store)
             for key, texts in declared.items():
                 facts[f"{self.name}.{key}"] = {"stored_as": _stored_as(conn, store, key, texts, kind)}
-            for row in _rows(conn, name, store, sorted(declared), patterns):
+            for row in _rows(conn, name, store, sorted(declared)):
                 address = f"{self.name}.{row['key']}"
-                if row["key"] in declared:
-                    items[address] = GateSpec(table=store.table, key=row["key"], value=row["value"])
-                    facts[address] = {**facts[address], "xmin": row["xmin"], "updated_at": row["updated_at"]}
-                else:
-                    message = f"key {row['key']} in {store.table} is in scope but no file declares it"
-                    findings.append(Finding(code="undeclared", address=address, message=message))
+                if address in items:
+                    raise ServerProblem(
+                        f"gate store {name}: {store.table} holds {row['key']} twice, whatever its index says.",
+                        hint="REINDEX the table and find out which row is right.",
+                    )
+                items[address] = GateSpec(table=store.table, key=row["key"], value=row["value"])
+                facts[address] = {**facts[address], "xmin": row["xmin"], "updated_at": row["updated_at"]}
+            findings += _undeclared(conn, name, store, sorted(declared), patterns) if patterns else []
         return Reading(items, facts, findings)
 
     def decide(
@@ -193,8 +198,11 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
                 if store.updated_at
                 else sql.SQL("")
             )
-            old = sql.SQL("IS NULL") if before.value is None else sql.SQL("= {}").format(sql.Literal(before.value))
-            statement = sql.SQL("UPDATE {} SET {} = {}{} WHERE {} = {} AND {} {}").format(
+            # The operator by its schema: one of another schema that fits the column types better must not stand in.
+            old = sql.SQL("IS NULL")
+            if before.value is not None:
+                old = sql.SQL("OPERATOR(pg_catalog.=) {}").format(sql.Literal(before.value))
+            statement = sql.SQL("UPDATE {} SET {} = {}{} WHERE {} OPERATOR(pg_catalog.=) {} AND {} {}").format(
                 identifier(after.table),
                 sql.Identifier(store.value),
                 sql.Literal(after.value),
@@ -218,7 +226,11 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
         return found
 
     def lock(self, conn: pg.Connection, change: Change, before: GateSpec | None, rules: GateRules) -> None:
-        """Lock the row as it will be read. One that is there but was not locked was replaced meanwhile: stale."""
+        """Keep triggers from being added, then lock the row as it will be read.
+
+        A row that is there but was not locked was replaced meanwhile: stale.
+        """
+        hold(conn, change.after["table"] if change.after else "", change.address)
         if before is None:
             return
         query = sql.SQL("SELECT 1 AS locked FROM {} WHERE {} = {} FOR UPDATE").format(
@@ -259,24 +271,55 @@ def _stored_as(conn: pg.Connection, store: GateStore, key: str, texts: Sequence[
     return dict(zip(texts, found[0]["forms"], strict=True))
 
 
-def _rows(
-    conn: pg.Connection, name: str, store: GateStore, keys: Sequence[str], patterns: Sequence[str]
-) -> list[dict[str, Any]]:
+def _rows(conn: pg.Connection, name: str, store: GateStore, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The declared rows. The value is cut where nobody would write it into a file."""
     updated_at = (
         sql.SQL("{}::pg_catalog.text").format(sql.Identifier(store.updated_at)) if store.updated_at else sql.SQL("NULL")
     )
     query = sql.SQL(
         "SELECT {key}::pg_catalog.text AS key, {value}::pg_catalog.text AS value, xmin::pg_catalog.text AS xmin,"
         " {updated_at} AS updated_at FROM {table}"
-        " WHERE {key}::pg_catalog.text = ANY (%s::pg_catalog.text[])"
-        " OR {key}::pg_catalog.text ~ ANY (%s::pg_catalog.text[]) ORDER BY 1"
+        " WHERE {key}::pg_catalog.text = ANY (%s::pg_catalog.text[]) ORDER BY 1"
     ).format(
         key=sql.Identifier(store.key),
         value=sql.Identifier(store.value),
         updated_at=updated_at,
         table=identifier(store.table),
     )
-    return pg.rows(conn, query, (list(keys), list(patterns)), doing=f"reading gate store {name} ({store.table})")
+    return pg.rows(conn, query, (list(keys),), doing=f"reading gate store {name} ({store.table})")
+
+
+def _stores(wanted: Sequence[Declared], desired: Desired) -> dict[str, GateStore]:
+    """The declared stores, and those of gates that only the ledger still knows."""
+    stores = dict(desired.stores)
+    for item in wanted:
+        if isinstance(item.rules, GateRules) and item.rules.store not in stores.values():
+            stores[f"{item.rules.store.table} (no longer declared)"] = item.rules.store
+    return stores
+
+
+def _undeclared(
+    conn: pg.Connection, name: str, store: GateStore, keys: Sequence[str], patterns: Sequence[str]
+) -> list[Finding]:
+    """Keys in scope that no file declares: the first hundred by name, the rest as a number."""
+    query = sql.SQL(
+        "SELECT pg_catalog.left({key}::pg_catalog.text, 200) AS key, pg_catalog.count(*) OVER () AS found FROM {table}"
+        " WHERE {key}::pg_catalog.text ~ ANY (%s::pg_catalog.text[])"
+        " AND {key}::pg_catalog.text <> ALL (%s::pg_catalog.text[]) ORDER BY 1 LIMIT {most}"
+    ).format(key=sql.Identifier(store.key), table=identifier(store.table), most=sql.Literal(MOST_FINDINGS))
+    rows = pg.rows(conn, query, (list(patterns), list(keys)), doing=f"reading gate store {name} ({store.table})")
+    findings = [
+        Finding(
+            code="undeclared",
+            address=f"gate.{row['key']}",
+            message=f"key {row['key']} in {store.table} is in scope but no file declares it",
+        )
+        for row in rows
+    ]
+    if rows and rows[0]["found"] > len(rows):
+        message = f"{rows[0]['found'] - len(rows)} more keys of {store.table} are in scope but no file declares them"
+        findings.append(Finding(code="undeclared", address=f"gate.{store.table}", message=message))
+    return findings
 
 
 KIND = Gate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, Literal
 
 from psycopg import sql
@@ -14,14 +13,13 @@ from reconciler.kinds import Blocked, Kind, Reading, Wanted
 from reconciler.model import (
     Change,
     Declared,
+    Desired,
     Duration,
     Finding,
-    GateStore,
     Hazard,
     Json,
     JsonObject,
     Model,
-    Scope,
     Statement,
     milliseconds,
 )
@@ -30,7 +28,9 @@ from reconciler.parts import (
     Complaint,
     Context,
     complete,
+    hold,
     identifier,
+    own_relation,
     raw,
     relation,
     single_value,
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from reconciler.errors import Problem
+
+
+HIDDEN = "(hidden; --show-values)"
 
 
 class Bind(Model):
@@ -96,10 +99,11 @@ class MarkerSpec(Model):
 
 
 class MarkerRules(Model):
-    """How the row is made and watched."""
+    """How the row is made and watched. `via_types`: argument types of the function, when the files declare it too."""
 
     bind: dict[str, Bind] = {}
     via: Via | None = None
+    via_types: dict[str, str] | None = None
     passive_while: str | None = None
     fresh: Fresh | None = None
 
@@ -119,12 +123,13 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
     ) -> tuple[MarkerSpec | None, MarkerRules | None, list[Complaint | Problem]]:
         """Check names, and every query against the allowlist for declared queries."""
         problems: list[Complaint | Problem] = []
-        qualified: list[tuple[tuple[str | int, ...], str]] = [(("table",), declaration.table)]
-        if declaration.via:
-            qualified.append((("via", "function"), declaration.via.function))
-        for path, text in qualified:
+        for path, text, known in (
+            (("table",), declaration.table, own_relation),
+            (("via", "function"), declaration.via.function if declaration.via else None, relation),
+        ):
             try:
-                relation(text)
+                if text is not None:
+                    known(text)
             except ValueError as error:
                 problems.append(Complaint(path, str(error)))
         allowed = context.policy.allow_functions
@@ -145,13 +150,14 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         rules = MarkerRules(
             bind=declaration.bind,
             via=declaration.via,
+            via_types=_declared_types(declaration.via, context) if declaration.via else None,
             passive_while=declaration.passive_while,
             fresh=declaration.fresh,
         )
         return spec, rules, []
 
     def read(
-        self, conn: pg.Connection, wanted: Sequence[Declared], scope: Scope, stores: Mapping[str, GateStore]
+        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
     ) -> Reading:
         """Each declared row; the binds only where the row is missing; rows of tables in scope that nobody declared."""
         items: dict[str, Model] = {}
@@ -162,17 +168,26 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
             spec, rules = item.spec, item.rules
             if not (isinstance(spec, MarkerSpec) and isinstance(rules, MarkerRules)):
                 continue
-            row, expected = _row(conn, item.address, spec, rules)
+            refused = _refused(rules, allow_functions)
+            row, expected = _row(conn, item.address, spec, rules, passive="passive_while" not in refused)
             key = list(spec.key)
             known.setdefault(spec.table, (key, []))[1].append(tuple(spec.key[column] for column in key))
             if row is None:
-                binds = {column: _bound(conn, item.address, column, bind) for column, bind in rules.bind.items()}
-                facts[item.address] = {"binds": binds, "expected": expected}
+                binds = {
+                    column: {"error": refused[column]}
+                    if column in refused
+                    else _bound(conn, item.address, column, bind)
+                    for column, bind in rules.bind.items()
+                }
+                facts[item.address] = {"binds": binds, "expected": expected, "via": _live_types(conn, rules.via)}
                 continue
+            if "passive_while" in refused:
+                message = f"passive_while {refused['passive_while']}"
+                findings.append(Finding(code="marker_differs", address=item.address, message=message))
             items[item.address] = MarkerSpec(table=spec.table, key=spec.key, columns=row["columns"])
             facts[item.address] = {"xmin": row["xmin"], "expected": expected, "passive": row["passive"]}
             findings += _watch(item.address, rules, row, expected)
-        for entry in scope.markers:
+        for entry in desired.scope.markers:
             findings += _undeclared(conn, entry.table, *known.get(entry.table, ([], [])))
         return Reading(items, facts, findings)
 
@@ -192,7 +207,8 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
                 columns[column] = found["value"]
             else:
                 queries[column] = bind.query
-        return Wanted(MarkerSpec(table=spec.table, key=spec.key, columns=columns, queries=queries))
+        wanted = MarkerSpec(table=spec.table, key=spec.key, columns=columns, queries=queries)
+        return Wanted(wanted, None if rules.via is None else {"types": _types(rules.via, rules, facts["via"])})
 
     def render(
         self, before: MarkerSpec | None, after: MarkerSpec | None, rules: MarkerRules, context: JsonObject | None
@@ -215,10 +231,13 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
                 sql.SQL(", ").join(columns.values()),
             )
         else:
+            types: Mapping[str, str] = (context or {})["types"]
+            # Every argument with its type: otherwise an overload that somebody adds could be called in its place.
             args = [
-                sql.SQL("{} => {}").format(
+                sql.SQL("{} => {}::{}").format(
                     sql.Identifier(name),
                     value(given.bind) if isinstance(given, BindRef) else sql.Literal(given),
+                    raw(types[name]),
                 )
                 for name, given in sorted(rules.via.args.items())
             ]
@@ -230,7 +249,9 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         return set()
 
     def lock(self, conn: pg.Connection, change: Change, before: MarkerSpec | None, rules: MarkerRules) -> None:
-        """Nothing: only missing rows change, and a rival's insert of the same key makes ours wait and fail."""
+        """Keep triggers from being added to the table. No row: a rival's insert of the same key makes ours fail."""
+        if before is None and rules.via is None and change.after is not None:
+            hold(conn, change.after["table"], change.address)
 
     def settled(self, after: MarkerSpec, live: MarkerSpec | None) -> bool:
         """The row is there and its declared columns hold what was approved."""
@@ -243,15 +264,67 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         return MarkerSpec(table=live.table, key=live.key, columns={})
 
     def masked(self, after: MarkerSpec, rules: MarkerRules) -> MarkerSpec:
-        """Bound values as a digest: they come from a query, and what a planner may read a pull request could print."""
-        shown = {column: _digest(value) if column in rules.bind else value for column, value in after.columns.items()}
+        """No bound values: they come from a query, and what a planner may read a pull request could print.
+
+        Not even their digest, which gives away a short value to whoever tries them all.
+        """
+        shown = {column: HIDDEN if column in rules.bind else value for column, value in after.columns.items()}
         return MarkerSpec(table=after.table, key=after.key, columns=shown, queries=after.queries)
 
 
-def _digest(value: str | None) -> str | None:
-    if value is None:
-        return None
-    return f"sha256:{hashlib.sha256(value.encode()).hexdigest()[:16]} (hidden; --show-values)"
+def _declared_types(via: Via, context: Context) -> dict[str, str] | None:
+    """Argument types by name of the one function of this name that the files declare; None when they do not."""
+    wanted = relation(via.function)
+    found = [
+        spec
+        for item in context.items.values()
+        if item.kind == "function" and ((spec := item.spec.dump())["schema_name"], spec["name"]) == wanted
+    ]
+    return {arg["name"]: arg["type"] for arg in found[0]["args"] if arg["name"]} if len(found) == 1 else None
+
+
+def _live_types(conn: pg.Connection, via: Via | None) -> list[dict[str, str]]:
+    """Argument types by name of every function of this name that is there."""
+    if via is None:
+        return []
+    rows = pg.rows(
+        conn,
+        """
+        SELECT (SELECT pg_catalog.jsonb_object_agg(u.name, pg_catalog.format_type(u.type, NULL))
+                  FROM ROWS FROM (pg_catalog.unnest(p.proargnames),
+                                  pg_catalog.unnest(coalesce(p.proallargtypes, p.proargtypes::pg_catalog.oid[])))
+                       AS u (name, type)
+                 WHERE u.name <> '') AS types
+          FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+         WHERE n.nspname = %s AND p.proname = %s
+        """,
+        relation(via.function),
+        doing=f"looking up {via.function}",
+    )
+    return [row["types"] or {} for row in rows]
+
+
+def _types(via: Via, rules: MarkerRules, live: Sequence[dict[str, str]]) -> dict[str, str]:
+    """The type of each given argument. Raises Blocked when it is not certain which function is meant."""
+    if rules.via_types is None and len(live) != 1:
+        what = "is not there" if not live else f"is overloaded ({len(live)} functions have this name)"
+        raise Blocked(f"{via.function} {what}; declare the function that `via` means")
+    types = rules.via_types if rules.via_types is not None else live[0]
+    if unknown := sorted(set(via.args) - set(types)):
+        raise Blocked(f"{via.function} has no argument {', '.join(unknown)}")
+    return {name: types[name] for name in sorted(via.args)}
+
+
+def _refused(rules: MarkerRules, allow_functions: Sequence[str]) -> dict[str, str]:
+    """The queries of the files that the installed policy does not allow: a file may allow itself whatever it likes."""
+    sentence = "is not allowed by the installed policy: {}"
+    refused: dict[str, str] = {}
+    for column, bind in rules.bind.items():
+        if troubles := check_query(bind.query, allow_functions).troubles:
+            refused[column] = sentence.format(troubles[0].message)
+    if rules.passive_while and (troubles := check_expression(rules.passive_while, allow_functions)):
+        refused["passive_while"] = sentence.format(troubles[0].message)
+    return refused
 
 
 def _where(key: Mapping[str, str]) -> sql.Composable:
@@ -260,7 +333,7 @@ def _where(key: Mapping[str, str]) -> sql.Composable:
 
 
 def _row(
-    conn: pg.Connection, address: str, spec: MarkerSpec, rules: MarkerRules
+    conn: pg.Connection, address: str, spec: MarkerSpec, rules: MarkerRules, *, passive: bool
 ) -> tuple[dict[str, Any] | None, dict[str, Json]]:
     """The row (or None), and the declared values in the server's own text form, so that `0` and `00` compare equal."""
     watched = [rules.fresh.column] if rules.fresh else []
@@ -279,13 +352,13 @@ def _row(
         " FROM {table} WHERE {where}"
     ).format(
         texts=sql.SQL(", ").join(texts),
-        passive=raw(rules.passive_while) if rules.passive_while else sql.SQL("false"),
+        passive=raw(rules.passive_while) if rules.passive_while and passive else sql.SQL("false"),
         fresh=sql.Identifier(rules.fresh.column) if rules.fresh else sql.SQL("NULL::pg_catalog.timestamptz"),
         table=identifier(spec.table),
         where=_where(spec.key),
     )
     pg.timeout(conn, QUERY_TIMEOUT_MS)
-    found = pg.rows(conn, query, doing=doing)
+    found = pg.rows(conn, query, doing=doing, quiet=True)
     if not found:
         return None, expected
     row = found[0]

@@ -235,9 +235,8 @@ class _Page:
         """`symbol`: one of the legend, with its colour. `colour`: a colour alone, for the lines of a diff."""
         chosen = COLOURS.get(symbol, colour)
         for text in texts:
-            shown = printable(text).replace(
-                "\n", "\\n"
-            )  # a name with a line end in it must not look like a line of ours
+            # A name with a line end in it must not look like a line of ours.
+            shown = printable(text).replace("\n", "\\n")
             if self._colour and chosen:
                 shown = f"\x1b[{chosen}m{shown}\x1b[0m"
             self._lines.append(shown)

@@ -127,9 +127,10 @@ class Governed:
     def sql(self, *statements: str) -> None:
         """Run statements by hand, as superuser; {owner}, {caller} and {stranger} are filled in."""
         for statement in statements:
+            filled = statement
             for name, role in self.names.items():
-                statement = statement.replace(f"{{{name}}}", role)
-            self.db.execute(statement)
+                filled = filled.replace(f"{{{name}}}", role)
+            self.db.execute(filled)
 
     def function(self, address: str, text: str, **declared: Any) -> None:
         """Declare a function, owned by the owner and open to the caller unless told otherwise."""
@@ -167,7 +168,6 @@ class Governed:
         with pg.connect(dsn or self.db.dsn, "drift") as conn, pg.snapshot(conn):
             found = survey(conn, wanted)
         return drift.report(
-            wanted,
             drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable),
             target=found.target,
             entry=found.last.entry,
@@ -175,6 +175,7 @@ class Governed:
             verdicts=found.verdicts,
             not_compared=found.not_compared,
             now=datetime.now(UTC),
+            fail_on=frozenset[str](),
         )
 
     def approve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -123,7 +124,10 @@ CASES = [
         "language internal",
         TAGS,
         (
-            "CREATE OR REPLACE FUNCTION app.fn_tags(tags text[]) RETURNS text LANGUAGE internal IMMUTABLE COST 100 AS 'lower'",
+            (
+                "CREATE OR REPLACE FUNCTION app.fn_tags(tags text[]) RETURNS text"
+                " LANGUAGE internal IMMUTABLE COST 100 AS 'lower'"
+            ),
         ),
         {"body", "language"},
     ),
@@ -131,8 +135,10 @@ CASES = [
         "language c",
         TAGS,
         (
-            "CREATE OR REPLACE FUNCTION app.fn_tags(tags text[]) RETURNS text LANGUAGE c IMMUTABLE"
-            " AS '$libdir/plpgsql', 'plpgsql_call_handler'",
+            (
+                "CREATE OR REPLACE FUNCTION app.fn_tags(tags text[]) RETURNS text LANGUAGE c IMMUTABLE"
+                " AS '$libdir/plpgsql', 'plpgsql_call_handler'"
+            ),
         ),
         {"binary", "body", "cost", "language"},
     ),
@@ -145,7 +151,7 @@ CASES = [
         anew(("(tags text[])", "(INOUT tags text[])"), ("RETURNS text\n", "\n")),
         {"args", "returns"},
         replaced=True,
-    ),  # fmt: skip
+    ),
     Case("argument OUT added", TAGS, anew(("(tags text[])", "(tags text[], OUT first text)")), {"args"}, replaced=True),
     Case(
         "returns TABLE",
@@ -184,8 +190,11 @@ CASES = [
         "transform",
         PROBE,
         (
-            "CREATE TRANSFORM FOR integer LANGUAGE plpgsql (FROM SQL WITH FUNCTION pg_catalog.prsd_lextype(internal),"
-            " TO SQL WITH FUNCTION pg_catalog.int4recv(internal))",
+            (
+                "CREATE TRANSFORM FOR integer LANGUAGE plpgsql ("
+                "FROM SQL WITH FUNCTION pg_catalog.prsd_lextype(internal),"
+                " TO SQL WITH FUNCTION pg_catalog.int4recv(internal))"
+            ),
             SOURCES[PROBE]
             .replace("CREATE", "CREATE OR REPLACE")
             .replace("STABLE", "TRANSFORM FOR TYPE integer STABLE"),
@@ -244,7 +253,7 @@ CASES = [
         STEP,
         (f"UPDATE pg_proc SET proacl = NULL WHERE oid = '{STEP}'::regprocedure",),
         {"acl"},
-    ),  # fmt: skip
+    ),
     Case("procedure: grant too many", STEP, (f"GRANT EXECUTE ON PROCEDURE {STEP} TO {{stranger}}",), {"acl"}),
     Case("procedure: comment", STEP, (f"COMMENT ON PROCEDURE {STEP} IS NULL",), {"comment"}),
     Case("procedure: default", STEP, again("DEFAULT 1", "DEFAULT 2"), {"args"}),
@@ -412,7 +421,7 @@ def test_a_chain_of_grants_is_taken_back_from_its_end(db: Database, tmp_path: Pa
     system = probes(db, tmp_path)
     chain = [system.owner, *sorted([db.role(), db.role(), system.stranger]), system.caller]
     system.sql(f"GRANT USAGE ON SCHEMA app TO {', '.join(chain)}")
-    for giver, taker in zip(chain, chain[1:], strict=False):
+    for giver, taker in itertools.pairwise(chain):
         system.sql(f"SET ROLE {giver}", f"GRANT EXECUTE ON FUNCTION {PROBE} TO {taker} WITH GRANT OPTION", "RESET ROLE")
     assert roots(only_change(system)) == {"acl"}
     system.settle()
@@ -422,7 +431,7 @@ def test_a_chain_of_grants_against_the_alphabet(db: Database, tmp_path: Path) ->
     system = probes(db, tmp_path)
     chain = [system.owner, *sorted([db.role(), db.role(), system.stranger], reverse=True), system.caller]
     system.sql(f"GRANT USAGE ON SCHEMA app TO {', '.join(chain)}")
-    for giver, taker in zip(chain, chain[1:], strict=False):
+    for giver, taker in itertools.pairwise(chain):
         system.sql(f"SET ROLE {giver}", f"GRANT EXECUTE ON FUNCTION {PROBE} TO {taker} WITH GRANT OPTION", "RESET ROLE")
     assert roots(only_change(system)) == {"acl"}
     system.settle()
@@ -460,7 +469,8 @@ def test_default_privileges_do_not_leak(db: Database, tmp_path: Path, privileges
     system.settle()
     granted = db.execute(
         "SELECT g.rolname, r.rolname, a.is_grantable FROM pg_proc p CROSS JOIN aclexplode(p.proacl) a"
-        " JOIN pg_roles r ON r.oid = a.grantor LEFT JOIN pg_roles g ON g.oid = a.grantee WHERE p.oid = %s::regprocedure",
+        " JOIN pg_roles r ON r.oid = a.grantor LEFT JOIN pg_roles g ON g.oid = a.grantee"
+        " WHERE p.oid = %s::regprocedure",
         [PROBE],
     )
     assert sorted(granted) == sorted([(system.owner, system.owner, False), (system.caller, system.owner, False)])
@@ -594,8 +604,10 @@ def test_a_setting_is_stored_as_it_is_compared(db: Database, tmp_path: Path, cla
 SHAPES = {
     "leakproof and support": (
         "app.fn_shape(integer)",
-        "CREATE FUNCTION app.fn_shape(n integer) RETURNS SETOF integer LANGUAGE internal IMMUTABLE STRICT LEAKPROOF"
-        " ROWS 7 SUPPORT pg_catalog.generate_series_int4_support AS 'int4inc'",
+        (
+            "CREATE FUNCTION app.fn_shape(n integer) RETURNS SETOF integer LANGUAGE internal IMMUTABLE STRICT LEAKPROOF"
+            " ROWS 7 SUPPORT pg_catalog.generate_series_int4_support AS 'int4inc'"
+        ),
         True,
     ),
     "window": (
@@ -605,24 +617,35 @@ SHAPES = {
     ),
     "library": (
         "app.fn_shape()",
-        "CREATE FUNCTION app.fn_shape() RETURNS language_handler LANGUAGE c AS '$libdir/plpgsql', 'plpgsql_call_handler'",
+        (
+            "CREATE FUNCTION app.fn_shape() RETURNS language_handler LANGUAGE c"
+            " AS '$libdir/plpgsql', 'plpgsql_call_handler'"
+        ),
         True,
     ),
     "table": (
         "app.fn_shape(text)",
-        "CREATE FUNCTION app.fn_shape(a text, OUT b integer, OUT c text[]) RETURNS SETOF record LANGUAGE sql"
-        " AS $$SELECT 1, ARRAY[a]$$",
+        (
+            "CREATE FUNCTION app.fn_shape(a text, OUT b integer, OUT c text[]) RETURNS SETOF record LANGUAGE sql"
+            " AS $$SELECT 1, ARRAY[a]$$"
+        ),
         False,
     ),
     "columns": (
         "app.fn_shape(integer)",
-        'CREATE FUNCTION app.fn_shape(n integer) RETURNS TABLE("first one" integer, "select" timestamp with time zone)'
-        " LANGUAGE sql ROWS 3 AS $$SELECT n, now()$$",
+        (
+            "CREATE FUNCTION app.fn_shape(n integer)"
+            ' RETURNS TABLE("first one" integer, "select" timestamp with time zone)'
+            " LANGUAGE sql ROWS 3 AS $$SELECT n, now()$$"
+        ),
         False,
     ),
     "variadic": (
         "app.fn_shape(integer, numeric[])",
-        "CREATE FUNCTION app.fn_shape(INOUT a integer, VARIADIC b numeric(10, 2)[] DEFAULT '{}') LANGUAGE sql AS $$SELECT a$$",
+        (
+            "CREATE FUNCTION app.fn_shape(INOUT a integer, VARIADIC b numeric(10, 2)[] DEFAULT '{}') LANGUAGE sql"
+            " AS $$SELECT a$$"
+        ),
         False,
     ),
     "unnamed": (
@@ -632,20 +655,28 @@ SHAPES = {
     ),
     "own types": (
         "app.fn_shape(app.heartbeat, app.settings[])",
-        "CREATE FUNCTION app.fn_shape(h app.heartbeat, s app.settings[]) RETURNS app.heartbeat LANGUAGE sql AS 'SELECT h'",
+        (
+            "CREATE FUNCTION app.fn_shape(h app.heartbeat, s app.settings[]) RETURNS app.heartbeat LANGUAGE sql"
+            " AS 'SELECT h'"
+        ),
         False,
     ),
     "defaults": (
         "app.fn_shape(text, integer, boolean, jsonb, timestamp with time zone, uuid, numeric, text[], interval)",
-        "CREATE FUNCTION app.fn_shape(a text DEFAULT 'it''s', b integer DEFAULT -1, c boolean DEFAULT true,"
-        ' d jsonb DEFAULT \'{"b": 1, "a": 2}\', e timestamp with time zone DEFAULT NULL, f uuid DEFAULT NULL,'
-        " g numeric DEFAULT 1.50, h text[] DEFAULT '{}', i interval DEFAULT '5 minutes')"
-        " RETURNS text LANGUAGE sql AS 'SELECT a'",
+        (
+            "CREATE FUNCTION app.fn_shape(a text DEFAULT 'it''s', b integer DEFAULT -1, c boolean DEFAULT true,"
+            ' d jsonb DEFAULT \'{"b": 1, "a": 2}\', e timestamp with time zone DEFAULT NULL, f uuid DEFAULT NULL,'
+            " g numeric DEFAULT 1.50, h text[] DEFAULT '{}', i interval DEFAULT '5 minutes')"
+            " RETURNS text LANGUAGE sql AS 'SELECT a'"
+        ),
         False,
     ),
     "procedure with OUT": (
-        "app.fn_shape(integer)",
-        "CREATE PROCEDURE app.fn_shape(a integer, OUT b integer, INOUT c text DEFAULT 'x') LANGUAGE sql AS $$SELECT 1, 'x'$$",
+        "app.fn_shape(integer, text)",
+        (
+            "CREATE PROCEDURE app.fn_shape(a integer, OUT b integer, INOUT c text DEFAULT 'x') LANGUAGE sql"
+            " AS $$SELECT 1, 'x'$$"
+        ),
         False,
     ),
     "trigger": (
@@ -661,8 +692,6 @@ def test_a_shape_is_created_as_it_is_compared(
     db: Database, tmp_path: Path, address: str, text: str, superuser: bool
 ) -> None:
     """Also put back from a drop by hand and from another cost: created, then replaced."""
-    if "INOUT c text" in text:
-        address = "app.fn_shape(integer, text)"
     system = governed.empty(db, tmp_path)
     system.function(address, text, owner="postgres" if superuser else system.owner)
     system.write().settle()

@@ -282,7 +282,7 @@ def logged(own_server: Callable[..., Server], tmp_path: Path) -> Iterator[tuple[
 
 
 def statements(log: Path, application: str) -> list[str]:
-    """The text of every statement that this application sent (columns of csvlog: 22 is application_name, 13 the message)."""
+    """The text of every statement that this application sent; of csvlog, 22 is application_name, 13 the message."""
     csv.field_size_limit(2**24)
     with log.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file) if row[22] == application]

@@ -46,7 +46,7 @@ class Job:
         self.folder = folder
         self.state = PROJECT / "state"
         self.file = folder / "phase2.plan"
-        # production is the database directus with pgcrypto; the embedded server has no pgcrypto, and no test owns that name.
+        # production is the database directus with pgcrypto; the embedded server has none, and no test owns that name.
         self.target = "sandbox"
         if db.execute("SELECT 1 FROM pg_extension WHERE extname = 'pgcrypto'"):
             self.edit("governance.yaml", "  targets:\n", f"  targets:\n    here: {{database: {db.name}}}\n")
@@ -270,8 +270,8 @@ def test_the_marker_after_a_real_tick_is_the_workers(job: Job) -> None:
     found = job.drift("--fail-on", "stale_heartbeat", code=2)
     assert "marker.iu_outbound_default: stale_heartbeat" in found
     job.db.execute(
-        "SELECT public.fn_queue_heartbeat_tick(p_executor_name => 'iu_outbound_default', p_executor_kind => 'PG_worker',"
-        " p_status => 'ok')"
+        "SELECT public.fn_queue_heartbeat_tick(p_executor_name => 'iu_outbound_default',"
+        " p_executor_kind => 'PG_worker', p_status => 'ok')"
     )
     row = job.db.execute(MARKER)
     ((ticks,),) = job.db.execute("SELECT ticks_total FROM public.queue_heartbeat")

@@ -78,7 +78,10 @@ def refused(system: Governed, check: str) -> str:
         ("INSERT INTO app.log VALUES (now(), 'x');", "app.log_now: 1 row written"),
         ("INSERT INTO app.log_now VALUES (now(), 'x');", "app.log_now: 1 row written"),
         ("INSERT INTO app.child (id, note) OVERRIDING SYSTEM VALUE VALUES (99, 'x');", "app.child: 1 row written"),
-        ("BEGIN INSERT INTO app.outbox (note) VALUES ('x'); EXCEPTION WHEN division_by_zero THEN NULL; END;", "written"),
+        (
+            "BEGIN INSERT INTO app.outbox (note) VALUES ('x'); EXCEPTION WHEN division_by_zero THEN NULL; END;",
+            "written",
+        ),
     ],
 )
 def test_a_write_by_somebody_elses_trigger_is_seen(shop: Governed, body: str, said: str) -> None:
@@ -316,8 +319,7 @@ TAMPERED = [
     ),
     (
         "table",
-        "ALTER TABLE app.observed DROP CONSTRAINT kinds,"
-        " ADD CONSTRAINT kinds CHECK (kind IN ('a', 'b')) NOT VALID",
+        "ALTER TABLE app.observed DROP CONSTRAINT kinds, ADD CONSTRAINT kinds CHECK (kind IN ('a', 'b')) NOT VALID",
     ),
     ("table", "ALTER TABLE app.observed DROP CONSTRAINT kinds"),
     ("table", "CREATE INDEX ON app.observed (kind)"),

@@ -61,9 +61,11 @@ def test_an_approval_says_what_who_why_and_until_when() -> None:
     assert approve().id != given.id
 
 
-@pytest.mark.parametrize(("accepted", "missing"), [((), "arms_gate, moves_from_safe"), (HAZARDS[:1], "moves_from_safe")])
+@pytest.mark.parametrize(
+    ("accepted", "missing"), [((), "arms_gate, moves_from_safe"), (HAZARDS[:1], "moves_from_safe")]
+)
 def test_every_hazard_must_be_named(accepted: tuple[str, ...], missing: str) -> None:
-    with pytest.raises(NotApproved, match=f"Hazards not accepted: {missing}\\.") as refused:
+    with pytest.raises(NotApproved, match=rf"Hazards not accepted: {missing}\.") as refused:
         approve(accepted=accepted)
     assert refused.value.details[-1] == "moves_from_safe: gate.app.a"
     assert "--accept moves_from_safe" in refused.value.hint
@@ -124,7 +126,12 @@ def test_an_expired_plan_cannot_be_approved(hours: float, expired: bool) -> None
 
 @pytest.mark.parametrize(
     ("expires", "until"),
-    [("1s", "2026-05-22T12:00:01Z"), ("2h", "2026-05-22T14:00:00Z"), ("24h", "2026-05-23T12:00:00Z"), ("1d", "2026-05-23T12:00:00Z")],
+    [
+        ("1s", "2026-05-22T12:00:01Z"),
+        ("2h", "2026-05-22T14:00:00Z"),
+        ("24h", "2026-05-23T12:00:00Z"),
+        ("1d", "2026-05-23T12:00:00Z"),
+    ],
 )
 def test_an_approval_may_be_shorter_than_the_policy(expires: str, until: str) -> None:
     assert approve(expires=expires).expires_at == until
@@ -138,7 +145,7 @@ def test_an_approval_may_not_be_longer_than_the_policy(expires: str) -> None:
 
 @pytest.mark.parametrize("expires", ["", "2", "soon", "0s", "-1h"])
 def test_an_expiry_that_is_no_duration(expires: str) -> None:
-    with pytest.raises(UsageError, match="--expires: .* is no duration"):
+    with pytest.raises(UsageError, match=r"--expires: .* is no duration"):
         approve(expires=expires)
 
 
@@ -323,7 +330,13 @@ def test_a_name_that_cannot_stand_in_a_file_name(tmp_path: Path, name: str) -> N
 
 
 def test_all_approvals_beside_a_plan(tmp_path: Path) -> None:
-    for name in ("a.plan.b.approval.json", "a.plan.a.approval.json", "a.plan", "b.plan.a.approval.json", "a.plan.x.json"):
+    for name in (
+        "a.plan.b.approval.json",
+        "a.plan.a.approval.json",
+        "a.plan",
+        "b.plan.a.approval.json",
+        "a.plan.x.json",
+    ):
         (tmp_path / name).touch()
     assert [path.name for path in approvals.all_beside(tmp_path / "a.plan")] == [
         "a.plan.a.approval.json",

@@ -45,7 +45,13 @@ def test_everything_is_read_and_keeps_its_place(tmp_path: Path) -> None:
         "marker.worker",
     ]
     assert list(found.checks) == ["invariant.no-blank", "invariant.no-cron", "proof.refuses"]
-    assert (found.name, found.release, found.target, found.database, found.ledger) == ("app", "first", "main", None, None)
+    assert (found.name, found.release, found.target, found.database, found.ledger) == (
+        "app",
+        "first",
+        "main",
+        None,
+        None,
+    )
     assert found.items["gate.app.limit"].place == Place(str(tmp_path / "gates.yaml"), 3, 3)
     assert found.stores == {"settings": states.STORE}
     assert found.policy.approval.signed is False
@@ -131,7 +137,9 @@ def test_a_problem_of_one_target_is_found_without_naming_it(tmp_path: Path) -> N
 
 
 def test_a_problem_of_every_target_is_told_once(tmp_path: Path) -> None:
-    states.write(tmp_path, {**states.STATE, "governance.yaml": TWO, "gates.yaml": "gates:\n  app.enabled: {value: 1}\n"})
+    states.write(
+        tmp_path, {**states.STATE, "governance.yaml": TWO, "gates.yaml": "gates:\n  app.enabled: {value: 1}\n"}
+    )
     with pytest.raises(InputError) as refused:
         desired.load_all(tmp_path)
     found = [str(problem) for problem in refused.value.problems]
@@ -150,8 +158,10 @@ def test_all_problems_of_all_files_come_at_once_in_order(tmp_path: Path) -> None
     expected: list[str] = []
     for name, text in sorted(files.items()):
         for line, content in enumerate(text.splitlines(), 1):
-            expected += [f"{name}:{line}:{content.replace('▶', '').index(after[:4]) + 1 if after else len(content)}"
-                         for after in content.split("▶")[1:]]
+            expected += [
+                f"{name}:{line}:{content.replace('▶', '').index(after[:4]) + 1 if after else len(content)}"
+                for after in content.split("▶")[1:]
+            ]
     found = problems(tmp_path, *((name, text.replace("▶", "")) for name, text in files.items()))
     assert [line.split(": ")[0] for line in found] == expected
 
@@ -181,6 +191,10 @@ PINNED = (
     " must pin its path with pg_temp last (SET search_path = pg_catalog, public, pg_temp): a temporary table could"
     " otherwise stand in for a real one"
 )
+LOCKED = (
+    "a locked gate may hold only its safe value 'false', not 'true'; only a proof may arm it, inside a transaction that"
+    " is rolled back"
+)
 FORM = "an invariant has exactly one of the keys forbid, extensions, gate, query"
 
 
@@ -206,14 +220,18 @@ FORM = "an invariant has exactly one of the keys forbid, extensions, gate, query
         ("governance.yaml", "expires: 24h", "expires: ▶soon", LATER % "soon"),
         ("governance.yaml", "required: 1", "required: ▶0", ...),
         ("gates.yaml", 'value: "100"', "value: ▶100", ...),
-        ("gates.yaml", "lock: approval", "lock: ▶maybe", 'expected one of free, approval, locked, got the text "maybe"'),
+        (
+            "gates.yaml",
+            "lock: approval",
+            "lock: ▶maybe",
+            'expected one of free, approval, locked, got the text "maybe"',
+        ),
         ("gates.yaml", "lock: approval", "▶lokc: approval", 'unknown key "lokc" (did you mean "lock"?)'),
         (
             "gates.yaml",
             'value: "true", from: ["false"], safe: "false", lock: approval',
             'value: ▶"true", from: ["false"], safe: "false", lock: locked',
-            "a locked gate may hold only its safe value 'false', not 'true'; only a proof may arm it, inside a"
-            " transaction that is rolled back",
+            LOCKED,
         ),
         (
             "gates.yaml",
@@ -411,7 +429,7 @@ class Schema:
         branches = [self.faults(value, branch, path) for branch in rule]
         return [] if [] in branches else [f"{path}: none of {len(rule)} forms: {branches}"]
 
-    def type(self, value: Json, rule: Any, _schema: Any, path: str) -> list[str]:
+    def type_(self, value: Json, rule: Any, _schema: Any, path: str) -> list[str]:
         number = isinstance(value, bool) and rule in {"integer", "number"}
         return [f"{path}: not {rule}"] if number or not isinstance(value, self.TYPES[rule]) else []
 
@@ -422,7 +440,9 @@ class Schema:
         keys = [key for key in value if key not in schema.get("properties", {})]
         if rule is False:
             return [f"{path}: key {key}" for key in keys]
-        return [] if rule is True else [fault for key in keys for fault in self.faults(value[key], rule, f"{path}/{key}")]
+        return (
+            [] if rule is True else [fault for key in keys for fault in self.faults(value[key], rule, f"{path}/{key}")]
+        )
 
     def items(self, value: Json, rule: Any, _schema: Any, path: str) -> list[str]:
         return [fault for index, item in enumerate(value) for fault in self.faults(item, rule, f"{path}/{index}")]
@@ -430,7 +450,7 @@ class Schema:
     KEYWORDS: Mapping[str, tuple[Any, Any]] = {
         "$ref": (None, ref),
         "anyOf": (None, any_of),
-        "type": (None, type),
+        "type": (None, type_),
         "enum": (None, lambda _, value, rule, __, path: [] if value in rule else [f"{path}: not in {rule}"]),
         "const": (None, lambda _, value, rule, __, path: [] if value == rule else [f"{path}: not {rule}"]),
         "properties": (dict, properties),
@@ -439,7 +459,10 @@ class Schema:
         "minProperties": (dict, lambda _, value, rule, __, path: [] if len(value) >= rule else [f"{path}: too few"]),
         "items": (list, items),
         "minItems": (list, lambda _, value, rule, __, path: [] if len(value) >= rule else [f"{path}: too few"]),
-        "pattern": (str, lambda _, value, rule, __, path: [] if re.search(rule, value) else [f"{path}: not like {rule}"]),
+        "pattern": (
+            str,
+            lambda _, value, rule, __, path: [] if re.search(rule, value) else [f"{path}: not like {rule}"],
+        ),
         "minLength": (str, lambda _, value, rule, __, path: [] if len(value) >= rule else [f"{path}: too short"]),
         "minimum": ((int, float), lambda _, value, rule, __, path: [] if value >= rule else [f"{path}: too small"]),
         "maximum": ((int, float), lambda _, value, rule, __, path: [] if value <= rule else [f"{path}: too large"]),
@@ -490,4 +513,4 @@ def test_the_schema_names_every_section_and_every_definition() -> None:
     assert sorted(schema["properties"]) == ["functions", "gates", "governance", "invariants", "markers"]
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     text = str(schema)
-    assert {name for name in re.findall(r"#/\$defs/(\w+)", text)} == set(schema["$defs"])
+    assert set(re.findall(r"#/\$defs/(\w+)", text)) == set(schema["$defs"])

@@ -64,7 +64,9 @@ def test_a_value_that_changes_its_type_differs() -> None:
     assert [name for name, _, _ in seen({"e": [1]}, {"e": [True]})] == ["e"]
 
 
-@given(st.dictionaries(st.text("abc", max_size=2), VALUES, max_size=3), st.dictionaries(st.text("abc", max_size=2), VALUES))
+@given(
+    st.dictionaries(st.text("abc", max_size=2), VALUES, max_size=3), st.dictionaries(st.text("abc", max_size=2), VALUES)
+)
 def test_fields_is_empty_exactly_for_equal_objects(before: dict[str, Any], after: dict[str, Any]) -> None:
     told = {key: value for key, value in before.items() if value is not None}
     wanted = {key: value for key, value in after.items() if value is not None}
@@ -96,7 +98,11 @@ def test_what_is_missing_is_added_and_what_differs_is_changed() -> None:
         None,
         "declared and missing",
     )
-    assert (other.address, other.actions, other.reason) == ("gate.app.old", ("change",), "differs from what is declared")
+    assert (other.address, other.actions, other.reason) == (
+        "gate.app.old",
+        ("change",),
+        "differs from what is declared",
+    )
     assert [field.name for field in other.fields] == ["value"]
     assert one.fields == ()
     assert "INSERT" in one.statements[0].text
@@ -152,17 +158,19 @@ def test_everything_that_is_refused_is_named_at_once() -> None:
     found = states.live(
         {gate.address: states.gate_row("app.cas", "maybe"), back.address: states.gate_row("app.phase", "second")},
         {
-            gate.address: {"updated_at": "2026-05-22 10:00:00+00"},
+            gate.address: {"updated_at": "then"},
             function.address: {"missing_roles": ["app_owner", "app_caller"]},
-            marker.address: {"binds": {"seen": {"error": "gives no row; it must give exactly one value"}}, "expected": {}},
+            marker.address: {
+                "binds": {"seen": {"error": "gives no row; it must give exactly one value"}},
+                "expected": {},
+            },
         },
     )
     with pytest.raises(Refused) as refused:
         changes(states.desired(placed, back, marker, function, states.gate("app.fine", "1")), found, {})
     assert refused.value.exit_code == 4
     assert refused.value.details == (
-        "gate.app.cas (gates.yaml:3:5): the live value is 'maybe' (updated_at 2026-05-22 10:00:00+00); `from` allows"
-        " only 'false'",
+        "gate.app.cas (gates.yaml:3:5): the live value is 'maybe' (updated_at then); `from` allows only 'false'",
         "gate.app.phase: 'second' would move back to 'first'; `order` never moves back",
         "marker.worker: the query bound to seen gives no row; it must give exactly one value",
         "function.public.fn_a(): role app_owner, app_caller does not exist in this cluster",
@@ -175,11 +183,11 @@ def test_everything_that_is_refused_is_named_at_once() -> None:
         ("0", {}, None),
         ("0", {"from_": ["0", "2"]}, None),
         ("3", {"from_": ["0", "2"]}, "`from` allows only '0', '2'"),
-        (None, {"from_": ["0"]}, "the live value is None; `from` allows only '0'"),
+        (None, {"from_": ["0"]}, "the live value is NULL; `from` allows only '0'"),
         ("0", {"order": ["0", "1", "2"]}, None),
         ("2", {"order": ["0", "1", "2"]}, "'2' would move back to '1'"),
         ("x", {"order": ["0", "1", "2"]}, "the live value 'x' is not in `order`"),
-        (None, {"order": ["0", "1", "2"]}, "the live value None is not in `order`"),
+        (None, {"order": ["0", "1", "2"]}, "the live value NULL is not in `order`"),
         ("0", {"order": ["0", "1"], "from_": ["9"]}, "`from` allows only '9'"),
     ],
 )

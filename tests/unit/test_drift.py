@@ -67,8 +67,8 @@ def test_drift_names_what_was_and_what_is() -> None:
     (moved,) = classify(states.gate("app.a", "a"), "a", "b").drift
     assert [(field.name, field.before, field.after) for field in moved.fields] == [("value", "a", "b")]
     assert (moved.address, moved.kind) == ("gate.app.a", "gate")
-    assert moved.before["value"] == "a"
-    assert moved.after["value"] == "b"
+    assert moved.before == states.gate_row("app.a", "a").dump()
+    assert moved.after == states.gate_row("app.a", "b").dump()
     assert classify(states.gate("app.a", "a"), "a", None).drift[0].fields == ()
 
 
@@ -90,7 +90,12 @@ def test_objects_are_told_by_address_and_others_are_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("live", "drifted"),
-    [({"beats": "0", "seen": "then"}, False), ({"beats": "9", "seen": "now"}, False), ({"beats": "9"}, False), (None, True)],
+    [
+        ({"beats": "0", "seen": "then"}, False),
+        ({"beats": "9", "seen": "now"}, False),
+        ({"beats": "9"}, False),
+        (None, True),
+    ],
 )
 def test_a_marker_drifts_only_when_its_row_is_gone(live: dict[str, str] | None, drifted: bool) -> None:
     marker = states.marker("worker")
@@ -114,7 +119,7 @@ def report(moved: drift.Classified | None = None, **given: Any) -> DriftReport:
         "fail_on": (),
         "now": states.NOW,
     }
-    return drift.report(states.desired(), moved or drift.Classified((), ()), **{**whole, **given})
+    return drift.report(moved or drift.Classified((), ()), **{**whole, **given})
 
 
 DRIFTED = classify(states.gate("app.a", "a"), "a", "b")
@@ -138,7 +143,9 @@ STALE = Finding(code="stale_heartbeat", address="marker.w", message="old")
         (DRIFTED, {"verdicts": [states.verdict("violated")], "findings": [STALE]}, "stale_heartbeat", "violated", 3),
     ],
 )
-def test_the_outcome_and_the_exit_code(moved: Any, given: dict[str, Any], fail_on: str, outcome: str, code: int) -> None:
+def test_the_outcome_and_the_exit_code(
+    moved: Any, given: dict[str, Any], fail_on: str, outcome: str, code: int
+) -> None:
     codes = drift.finding_codes(fail_on)
     found = report(moved, fail_on=codes, **given)
     assert (found.outcome, drift.exit_code(found)) == (outcome, code)

@@ -29,6 +29,7 @@ from reconciler.model import (
     digest,
     glob_regex,
     milliseconds,
+    tolerated,
 )
 from tests import states
 
@@ -49,10 +50,13 @@ class Example(Model):
 
 def test_canonical_json_is_that_of_the_rfc() -> None:
     # RFC 8785, 3.2.2 to 3.2.4: no white space, shortest numbers, keys sorted by UTF-16, characters as they are.
-    value = {"numbers": [333333333.33333329, 4.50, 2e-3], "string": '€$\x0f\nA\'B"\\"/', "literals": [None, True, False]}
+    value = {
+        "numbers": [333333333.33333329, 4.50, 2e-3],
+        "string": '€$\x0f\nA\'B"\\"/',
+        "literals": [None, True, False],
+    }
     assert canonical(value).decode() == (
-        '{"literals":[null,true,false],"numbers":[333333333.3333333,4.5,0.002],'
-        '"string":"€$\\u000f\\nA\'B\\"\\\\\\"/"}'
+        '{"literals":[null,true,false],"numbers":[333333333.3333333,4.5,0.002],"string":"€$\\u000f\\nA\'B\\"\\\\\\"/"}'
     )
     assert canonical({"\ufb33": 1, "\U0001f600": 2}).decode() == '{"\U0001f600":2,"\ufb33":1}'
 
@@ -172,7 +176,9 @@ def test_setup_alone_is_something_to_apply() -> None:
 def test_what_blocks_an_apply(status: str, allowed: tuple[str, ...], blocks: bool) -> None:
     policy = states.policy().model_copy(update={"allow_not_judged": allowed})
     found = Verdict.model_validate({"address": "invariant.no-cron", "status": status, "detail": ""})
-    assert blocking([found], policy) == ((found,) if blocks else ())
+    (judged,) = tolerated([found], policy)
+    assert blocking([judged]) == ((judged,) if blocks else ())
+    assert judged.tolerated == (status == "not_judged" and not blocks)
 
 
 # --------------------------------------------------------------------------------------------------- durations, globs
@@ -187,7 +193,8 @@ def test_durations(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "1", "s", "0s", "-1s", "+1s", "1.5s", "1 s", " 1s", "1s\n", "1S", "1min", "1w", "٣s", "1e3s", "9" * 10 + "s"]
+    "text",
+    ["", "1", "s", "0s", "-1s", "+1s", "1.5s", "1 s", " 1s", "1s\n", "1S", "1min", "1w", "٣s", "1e3s", "9" * 10 + "s"],
 )
 def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="for example 800ms or 24h"):

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reconciler import apply
 from reconciler import desired as desireds
 from reconciler import plan as plans
+from reconciler import trust
 from reconciler.errors import PlanDamaged, ReconcilerError, UsageError
 from reconciler.model import Action, Change, Live, Plan, Statement, Summary, Target, canonical, digest
 from tests import states
@@ -191,7 +191,9 @@ def test_facts_such_as_transaction_ids_do_not_change_the_digest() -> None:
 def planned(directory: Path) -> str:
     """The digest of effects of a state directory against an empty database."""
     wanted = desireds.load(directory, None)
-    facts = {address: {"binds": {"last_seen": {"value": "now"}}, "expected": {"beats": "0"}} for address in wanted.items}
+    facts = {
+        address: {"binds": {"last_seen": {"value": "now"}}, "expected": {"beats": "0"}} for address in wanted.items
+    }
     return states.build(wanted, states.live({}, facts)).effects_digest
 
 
@@ -210,7 +212,7 @@ def edited(tmp_path: Path, file: str, old: str, new: str) -> str:
     ("file", "old", "new"),
     [
         ("gates.yaml", "gates:\n", "# a comment\n\ngates:   # and another\n"),
-        ("gates.yaml", '{value: "100", reason: Small enough.}', '\n    reason: "Small enough."\n    value: \'100\''),
+        ("gates.yaml", '{value: "100", reason: Small enough.}', "\n    reason: \"Small enough.\"\n    value: '100'"),
         ("gates.yaml", 'value: "true", from: ["false"]', 'from: ["false"], value: "true"'),
         ("governance.yaml", "release: first", "release: second"),
         ("functions/fn_one.sql", "CREATE FUNCTION", "-- why\ncreate or replace function"),
@@ -323,11 +325,11 @@ def recomputed(edited_plan: Json) -> Plan:
 
 
 def test_a_plan_that_nobody_edited_is_whole() -> None:
-    assert apply.check_plan(whole()) == everything()
+    assert trust.check_plan(whole()) == everything()
 
 
 def test_no_edit_of_a_plan_goes_unseen() -> None:
-    """With the digests left alone it is damaged; with digests that fit, it is refused or needs another approval."""
+    """As long as the digests are left alone; the next test makes them fit."""
     plan = whole()
     dumped = plan.dump()
     told = {"reason", "fields"}
@@ -341,7 +343,7 @@ def test_no_edit_of_a_plan_goes_unseen() -> None:
         if path[1] in {"release", "source_digest", "ledger", "database"}:
             continue
         with pytest.raises(ReconcilerError):
-            apply.check_plan(left)
+            trust.check_plan(left)
 
 
 @pytest.mark.parametrize("make", [other, lambda _: None, lambda _: 7, lambda _: {}, lambda _: []])
@@ -355,7 +357,7 @@ def test_an_edited_plan_whose_digests_fit_is_another_plan(make: Callable[[Json],
             continue  # refused when the file is loaded
         try:
             edited_plan = recomputed(left.dump())
-            apply.check_plan(edited_plan)
+            trust.check_plan(edited_plan)
         except ReconcilerError:
             continue
         part = path[1] if path[0] == "desired" else path[2]
@@ -375,7 +377,7 @@ def test_a_statement_that_the_effects_do_not_give_is_refused() -> None:
             changes = list(plan.changes)
             changes[index] = change.model_copy(update={"statements": statements})
             with pytest.raises(ReconcilerError, match=re.escape(change.address)) as refused:
-                apply.check_plan(plan.model_copy(update={"changes": tuple(changes)}))
+                trust.check_plan(plan.model_copy(update={"changes": tuple(changes)}))
             assert refused.value.exit_code == 4
             assert refused.value.details
 
@@ -391,19 +393,19 @@ def test_a_masked_plan_hides_the_values_that_queries_gave() -> None:
     assert len(markers) == 2
     assert secret in "".join(str(change) for change in plan.changes)
     assert secret not in "".join(str(change) for change in shown.changes)
-    assert "hidden; --show-values" in markers[1].statements[0].text
+    assert "(hidden; --show-values)" in markers[1].statements[0].text
     others = [change for change in plan.changes if change.kind != "marker"]
     assert [change for change in shown.changes if change.kind != "marker"] == others
     assert shown.effect_digest == plan.effect_digest
     assert shown.summary == plan.summary
 
 
-def test_equal_values_look_equal_and_others_do_not() -> None:
-    def shown(value: str) -> str:
+def test_not_even_that_two_values_are_equal_is_shown() -> None:
+    def shown(value: str) -> list[Change]:
         plan = states.build(states.desired(states.marker("w")), states.live({}, {"marker.w": states.bound(value)}))
-        return plans.masked(plan).changes[0].statements[0].text
+        return list(plans.masked(plan).changes)
 
-    assert shown("a") == shown("a") != shown("b")
+    assert shown("a") == shown("b")
 
 
 # ------------------------------------------------------------------------------------------------------------ summary
@@ -504,7 +506,9 @@ def test_a_plan_whose_checksum_was_made_to_fit_is_still_refused_when_it_is_no_pl
     damaged(saved, plans.serialize({**document_, "summary": {"add": "1"}}))
 
 
-@pytest.mark.parametrize(("version", "fits"), [("1.0", True), ("1.7", True), ("2.0", False), ("10.0", False), ("0.9", False)])
+@pytest.mark.parametrize(
+    ("version", "fits"), [("1.0", True), ("1.7", True), ("2.0", False), ("10.0", False), ("0.9", False)]
+)
 def test_only_another_major_format_is_refused_by_its_number(saved: Path, version: str, fits: bool) -> None:
     document_ = {**json.loads(saved.read_bytes()), "format_version": version}
     saved.write_bytes(plans.serialize(document_))
@@ -518,7 +522,7 @@ def test_only_another_major_format_is_refused_by_its_number(saved: Path, version
 def test_a_file_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"Cannot read plan .*none.plan: No such file"):
         plans.load(tmp_path / "none.plan")
-    with pytest.raises(UsageError, match="Is a directory"):
+    with pytest.raises(UsageError, match="is no ordinary file"):
         plans.load(tmp_path)
     for path in (tmp_path / "none" / "a.plan", tmp_path):
         with pytest.raises(UsageError, match="Cannot write"):

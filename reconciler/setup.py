@@ -1,0 +1,90 @@
+"""What an apply needs for itself, pure: the ledger, the policy, and the rules that protect what is governed.
+
+These are effects like any other: digested, approved, printed under `Setup:`. Protection outlives its line (DESIGN
+rule 8), so a rule, a check or a scope that says something else than the installed one is shown and has a hazard.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from postgast import split
+
+from reconciler.model import Change, Desired, Hazard, Json, JsonObject, Statement
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+VERSION = 1
+"""Of the ledger's own tables."""
+
+WORDS = ("reason",)
+"""Keys of rules and checks that are for people: another wording is no other rule."""
+
+
+def source() -> str:
+    """The SQL that creates the ledger, as a DBA could run it beforehand."""
+    return files("reconciler").joinpath("ledger.sql").read_text("utf-8")
+
+
+def statements(change: Change) -> tuple[Statement, ...]:
+    """What a setup change executes: the ledger's own SQL to create it, nothing for everything else."""
+    if change.kind == "ledger" and change.before is None:
+        return tuple(Statement(text=text) for text in split(source()))
+    return ()
+
+
+def hazards(change: Change) -> tuple[Hazard, ...]:
+    """Whatever replaces something that is installed changes the policy."""
+    return ("changes_policy",) if change.before is not None else ()
+
+
+def changes(
+    desired: Desired, *, exists: bool, readable: bool, installed: Mapping[str, Json] | None
+) -> tuple[Change, ...]:
+    """What an apply would install. installed: the last entry's body, None when this name was never applied here."""
+    found: list[Change] = []
+    if not exists:
+        found.append(_change("ledger.reconciler", "ledger", None, {"version": VERSION}, "the first apply creates it"))
+    if not readable:
+        return tuple(found)
+    before = installed or {}
+    parts: list[tuple[str, str, JsonObject | None, JsonObject]] = [
+        (f"policy.{desired.name}", "policy", before.get("policy"), desired.policy.dump()),
+        (f"scope.{desired.name}", "scope", before.get("scope"), scope(desired)),
+    ]
+    manifest: Mapping[str, Json] = before.get("manifest", {})
+    for address, item in desired.items.items():
+        if address in manifest:
+            parts.append((address, "rules", manifest[address]["rules"], item.rules.dump()))
+    for address, check in desired.checks.items():
+        if address in manifest:
+            parts.append((address, "check", manifest[address]["spec"], check.spec.dump()))
+    for address, kind, old, new in parts:
+        if old is None or _meaning(old) != _meaning(new):
+            reason = "the first one" if old is None else f"the files say another {kind} than is installed"
+            found.append(_change(address, kind, old, new, reason))
+    return tuple(found)
+
+
+def scope(desired: Desired) -> JsonObject:
+    """What is owned, and the tables that gates live in."""
+    stores = {name: store.dump() for name, store in sorted(desired.stores.items())}
+    return {"scope": desired.scope.dump(), "stores": stores}
+
+
+def _meaning(part: JsonObject) -> JsonObject:
+    return {key: value for key, value in part.items() if key not in WORDS}
+
+
+def _change(address: str, kind: str, before: JsonObject | None, after: JsonObject, reason: str) -> Change:
+    bare = Change(
+        address=address,
+        kind=kind,
+        actions=("add",) if before is None else ("change",),
+        before=before,
+        after=after,
+        reason=reason,
+    )
+    return bare.model_copy(update={"statements": statements(bare), "hazards": hazards(bare)})

@@ -1,0 +1,69 @@
+"""Between a plan file and anybody who acts on it: derive everything again, trust nothing but what the digest covers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reconciler import setup
+from reconciler.errors import NotApproved, PlanDamaged
+from reconciler.kinds import kinds
+from reconciler.plan import dump_desired, effect_digest, effects_digest, load_desired
+
+if TYPE_CHECKING:
+    from reconciler.model import Change, Desired, Hazard, Model, Plan, Statement
+
+EDITED = "Somebody edited the plan, or another version made it. Make it again and read it again."
+
+
+def check_plan(plan: Plan) -> Desired:
+    """The declarations of a plan that is what its digest says, statement by statement, hazard by hazard (rule 2).
+
+    `approve`, `show` and `apply` all start here: what is read, what is signed and what is run is the same.
+    Raises PlanDamaged when the digests are not those of the content, NotApproved when a statement or a hazard stands in
+    the plan that its effects do not give.
+    """
+    desired = load_desired(plan.desired)
+    effects = effects_digest(dump_desired(desired), plan.setup, plan.changes)
+    if effects != plan.effects_digest or effect_digest(effects, plan.target) != plan.effect_digest:
+        raise PlanDamaged(
+            "The plan's digests are not those of its content.", hint="Make the plan again; a plan is never edited."
+        )
+    if plan.target.name != desired.target:
+        raise PlanDamaged("The plan names two targets.")
+    derived = [(change, *_setup(change)) for change in plan.setup]
+    derived += [(change, *_again(desired, change)) for change in plan.changes]
+    for change, statements, hazards in derived:
+        # Some hazards follow from the ledger alone: more of them than are derived here is right, fewer never.
+        if statements != change.statements or not hazards <= set(change.hazards):
+            raise NotApproved(
+                f"{change.address}: the plan holds statements or hazards that its approved effects do not give.",
+                details=_differences(statements, change),
+                hint=EDITED,
+            )
+    return desired
+
+
+def _setup(change: Change) -> tuple[tuple[Statement, ...], set[Hazard]]:
+    return setup.statements(change), set(setup.hazards(change))
+
+
+def _again(desired: Desired, change: Change) -> tuple[tuple[Statement, ...], set[Hazard]]:
+    """Statements and hazards, derived from the typed content."""
+    if "forget" in change.actions:
+        return (), {"forgets"}
+    kind, item = kinds().get(change.kind), desired.items.get(change.address)
+    if kind is None or item is None:
+        raise PlanDamaged(f"The plan changes {change.address}, which it does not declare.")
+    try:
+        before: Model | None = None if change.before is None else kind.load(change.before)
+        after: Model | None = None if change.after is None else kind.load(change.after)
+        return kind.render(before, after, item.rules, change.context), kind.hazards(before, after, item.rules)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # Only an edited plan holds an object that its kind cannot have.
+        raise PlanDamaged(f"{change.address}: the plan's objects cannot be read: {type(error).__name__}.") from None
+
+
+def _differences(statements: tuple[Statement, ...], change: Change) -> list[str]:
+    extra = [statement.text for statement in change.statements if statement not in statements]
+    lost = [statement.text for statement in statements if statement not in change.statements]
+    return [f"in the plan only: {text}" for text in extra[:3]] + [f"missing in the plan: {text}" for text in lost[:3]]
