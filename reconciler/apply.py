@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-import uuid
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import sql
@@ -28,11 +28,14 @@ from reconciler.kinds import Kind, kinds
 from reconciler.model import (
     FORMAT_VERSION,
     Approval,
+    Asked,
     Body,
     Change,
     Desired,
     Entry,
+    Executed,
     Governed,
+    Json,
     Live,
     Model,
     Outcome,
@@ -44,12 +47,13 @@ from reconciler.model import (
     milliseconds,
     tolerated,
 )
-from reconciler.plan import stamp, summarize
-from reconciler.survey import survey
+from reconciler.plan import stamp
+from reconciler.record import Progress, Record, Request
+from reconciler.survey import Survey, survey
 from reconciler.trust import EDITED, check_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
 
@@ -65,26 +69,6 @@ DRAINS = 20
 """How often deferred triggers may defer each other before the apply gives up."""
 
 
-class Progress(Protocol):
-    """Told what apply is about to do: the stage, and within `execute` which of how many statements."""
-
-    def __call__(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
-        """Called before each step."""
-        ...
-
-
-@dataclass(frozen=True)
-class Request:
-    """What an operator asks for. `target`: the -t option, None when not given."""
-
-    dsn: str | None
-    plan: Plan
-    approvals: Sequence[Approval]
-    target: str | None = None
-    initialize: bool = False
-    allow_untested: bool = False
-
-
 @dataclass(frozen=True)
 class _Run:
     """One apply under way."""
@@ -93,17 +77,23 @@ class _Run:
     desired: Desired
     policy: Policy
     ledger_exists: bool
-    run_id: str
     deadline: float
-    progress: Progress
+    progress: Record
+
+    @property
+    def run_id(self) -> str:
+        """Chosen before anything begins: the evidence's folder is named by it."""
+        return self.request.run_id
 
 
 def apply(request: Request, progress: Progress) -> Outcome:
-    """Apply the plan, or change nothing.
+    """Apply the plan, or change nothing. `progress`: a Record is asked afterwards what a failed run had done.
 
     Raises PlanDamaged, UsageError, ServerProblem, Violated, NotApproved, Stale, Locked; OutcomeUnknown when the
     connection was lost while COMMIT was under way and the ledger could not be asked.
     """
+    record = progress if isinstance(progress, Record) else Record(progress)
+    progress = record
     desired = check_plan(request.plan)
     if request.target is not None and request.target != request.plan.target.name:
         raise UsageError(f"The plan is for target {request.plan.target.name}, not {request.target}.")
@@ -118,33 +108,18 @@ def apply(request: Request, progress: Progress) -> Outcome:
             desired=desired,
             policy=policy,
             ledger_exists=last.exists,
-            run_id=str(uuid.uuid4()),
             deadline=time.monotonic() + milliseconds(policy.apply.max_duration) / 1000,
-            progress=progress,
+            progress=record,
         )
-        started = time.monotonic()
-        entry, verdicts = _transaction(conn, run)
-    seconds = round(time.monotonic() - started, 3)
-    progress("verify", "planning again on a new connection")
+        record.begun = True
+        _transaction(conn, run)
+    progress("after", "planning again on a new connection")
     try:
         problems = _after(request, desired)
     except KeyboardInterrupt:
         problems = ["interrupted before planning again"]
-    return Outcome(
-        outcome="applied",
-        run_id=run.run_id,
-        target=request.plan.target,
-        effect_digest=request.plan.effect_digest,
-        entry=entry.number,
-        hash=entry.hash,
-        genesis=entry.number == 1,
-        transaction_id=entry.body["transaction_id"],
-        statements=len(request.plan.statements),
-        seconds=seconds,
-        summary=summarize(request.plan.changes, request.plan.summary.drift, request.plan.summary.findings),
-        invariants=tuple(verdicts),
-        problems=tuple(problems),
-    )
+    record.end()
+    return record.outcome(request, "applied", problems)
 
 
 # ---------------------------------------------------------------------------------------------------- before the change
@@ -168,6 +143,7 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> ledge
             request.approvals,
             effect_digest=plan.effect_digest,
             hazards=plan.hazards,
+            attestations=plan.attestations,
             policy=last.policy or desired.policy,
             used=last.used,
             now=_server_time(conn),
@@ -202,21 +178,29 @@ def _server_time(conn: pg.Connection) -> datetime:
 # ------------------------------------------------------------------------------------------------------ the transaction
 
 
-def _transaction(conn: pg.Connection, run: _Run) -> tuple[Entry, Sequence[Verdict]]:
+def _transaction(conn: pg.Connection, run: _Run) -> None:
     """BEGIN to COMMIT. Whatever is raised before COMMIT leaves the database as it was."""
+    record = run.progress
     try:
         xid = _begin_and_lock(conn, run)
+        record.transaction_id, record.started_at = xid, stamp(_server_time(conn))
         before = _unchanged(conn, run)
+        record.found = before.survey
+        memos = live.remember(conn, Asked(run.desired, before.survey.last.allow_functions))
         _execute(conn, run)
-        verdicts, found = _look_again(conn, run)
-        entry = _record(conn, run, before, found, verdicts, xid)
+        verdicts, found = _look_again(conn, run, memos, before.approvals)
+        record.found = replace(before.survey, live=found)
+        record.entry = _record(conn, run, before, found, verdicts, xid)
         _still(conn, run, found, xid)
+        record.finished_at = stamp(_server_time(conn))
     except BaseException:
         _roll_back(conn)
+        with suppress(ReconcilerError):
+            record.finished_at = stamp(_server_time(conn))
         raise
-    run.progress("commit")
+    record("commit")
     _commit(conn, run, xid)
-    return entry, verdicts
+    record.committed = True
 
 
 def _begin_and_lock(conn: pg.Connection, run: _Run) -> str:
@@ -305,9 +289,9 @@ def _advisory_lock(conn: pg.Connection, name: str) -> None:
 
 @dataclass(frozen=True)
 class _Confirmed:
-    """What the look under the locks gave: the ledger, the plan made again, and the approvals that count."""
+    """What the look under the locks gave: all that was seen, the plan made again, and the approvals that count."""
 
-    last: ledger.Last
+    survey: Survey
     plan: Plan
     approvals: Sequence[Approval]
 
@@ -332,6 +316,7 @@ def _unchanged(conn: pg.Connection, run: _Run) -> _Confirmed:
         run.request.approvals,
         effect_digest=again.effect_digest,
         hazards=again.hazards,
+        attestations=again.attestations,
         policy=run.policy,
         used=found.last.used,
         now=_server_time(conn),
@@ -346,8 +331,9 @@ def _unchanged(conn: pg.Connection, run: _Run) -> _Confirmed:
             ][:10],
             hint=EDITED,
         )
+    run.progress.verdicts = found.verdicts
     approve.refuse_blocked(again)
-    return _Confirmed(found.last, again, counted)
+    return _Confirmed(found, again, counted)
 
 
 def _differences(plan: Plan, again: Plan) -> list[str]:
@@ -390,7 +376,16 @@ def _execute(conn: pg.Connection, run: _Run) -> None:
             pg.run(conn, sql.SQL("SET LOCAL search_path = {}").format(chosen))
             if statement.role is not None:
                 pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(statement.role)), change.address)
+            begun = time.monotonic()
             answer = _send(conn, change, statement.text) or answer
+            run.progress.executed.append(
+                Executed(
+                    address=change.address,
+                    text=statement.text,
+                    role=statement.role,
+                    seconds=round(time.monotonic() - begun, 6),
+                )
+            )
             if statement.role is not None:
                 pg.run(conn, "SET LOCAL ROLE NONE")
         if change.kind == "marker":
@@ -426,7 +421,9 @@ def _marker_is_there(conn: pg.Connection, run: _Run, change: Change, answer: str
         )
 
 
-def _look_again(conn: pg.Connection, run: _Run) -> tuple[Sequence[Verdict], Live]:
+def _look_again(
+    conn: pg.Connection, run: _Run, memos: Mapping[str, Json], counted: Sequence[Approval]
+) -> tuple[Sequence[Verdict], Live]:
     """Verify by reading: nothing left to do, every object as approved, every invariant held. Raises Stale, Violated."""
     run.progress("verify", "reading everything again before COMMIT")
     _drain(conn, run)
@@ -450,7 +447,16 @@ def _look_again(conn: pg.Connection, run: _Run) -> tuple[Sequence[Verdict], Live
             details=wrong,
             hint="Something in the database changes what is written: a trigger, a rule, an event trigger.",
         )
-    verdicts = tolerated(live.judge(conn, run.desired, allowed), run.policy)
+    run.progress("judge", "invariants, surface and proofs")
+    asked = Asked(
+        desired=run.desired,
+        allow_functions=allowed,
+        inside=True,
+        changes=run.request.plan.changes,
+        attested={name for approval in counted for name in approval.attestations},
+    )
+    verdicts = tolerated(live.judge(conn, asked, memos), run.policy)
+    run.progress.verdicts = verdicts
     approve.refuse(blocking(verdicts))
     return verdicts, found
 
@@ -501,10 +507,10 @@ def _record(  # noqa: PLR0913, PLR0917 - what an entry consists of
         policy=run.desired.policy,
         scope=setup.scope(run.desired),
         manifest=manifest(run.desired, found),
-        invariants=tuple(verdicts),
+        checks=tuple(verdicts),
         transaction_id=xid,
     )
-    return ledger.append(conn, run.desired.name, before.last, body)
+    return ledger.append(conn, run.desired.name, before.survey.last, body)
 
 
 def _still(conn: pg.Connection, run: _Run, found: Live, xid: str) -> None:

@@ -27,6 +27,7 @@ def approve(  # noqa: PLR0913 - what a person states, each once
     approver: str,
     reason: str,
     accepted: Sequence[str],
+    attested: Sequence[str] = (),
     expires: str | None,
     now: datetime,
 ) -> Approval:
@@ -47,16 +48,7 @@ def approve(  # noqa: PLR0913 - what a person states, each once
         )
     if stamp(now) >= plan.expires_at:
         raise NotApproved(f"The plan expired at {plan.expires_at}.", hint="Make it again and read it again.")
-    if unknown := sorted(set(accepted) - set(plan.hazards)):
-        raise UsageError(
-            f"The plan has no hazard {', '.join(unknown)}.", hint=f"It has {', '.join(plan.hazards) or 'none'}."
-        )
-    if missing := [hazard for hazard in plan.hazards if hazard not in accepted]:
-        raise NotApproved(
-            f"Hazards not accepted: {', '.join(missing)}.",
-            details=[f"{hazard}: {', '.join(plan.addresses_with(hazard))}" for hazard in missing],
-            hint="Read them, then repeat with " + " ".join(f"--accept {hazard}" for hazard in missing) + ".",
-        )
+    _refuse_incomplete(plan, accepted, attested)
     _check_words(approver, reason)
     longest = milliseconds(policy.approval.expires)
     try:
@@ -73,9 +65,34 @@ def approve(  # noqa: PLR0913 - what a person states, each once
         approver=approver,
         reason=reason,
         accepted=tuple(sorted(set(accepted))),
+        attestations=tuple(sorted(set(attested))),
         issued_at=stamp(now),
         expires_at=stamp(now + timedelta(milliseconds=lifetime)),
     )
+
+
+def _refuse_incomplete(plan: Plan, accepted: Sequence[str], attested: Sequence[str]) -> None:
+    """Each hazard accepted and each claim attested by name, and no other."""
+    for given, wanted, what in ((accepted, plan.hazards, "hazard"), (attested, plan.attestations, "attestation")):
+        if unknown := sorted(set(given) - set(wanted)):
+            raise UsageError(
+                f"The plan has no {what} {', '.join(unknown)}.", hint=f"It has {', '.join(wanted) or 'none'}."
+            )
+    if missing := [hazard for hazard in plan.hazards if hazard not in accepted]:
+        raise NotApproved(
+            f"Hazards not accepted: {', '.join(missing)}.",
+            details=[f"{hazard}: {', '.join(plan.addresses_with(hazard))}" for hazard in missing],
+            hint="Read them, then repeat with " + " ".join(f"--accept {hazard}" for hazard in missing) + ".",
+        )
+    if missing := [name for name in plan.attestations if name not in attested]:
+        claims = {verdict.address.partition(".")[2]: verdict.detail for verdict in plan.checks}
+        raise NotApproved(
+            f"Not attested: {', '.join(missing)}.",
+            details=[f"{name}: {claims[name]}" for name in missing],
+            hint="No query can see these. Sign for what you know with "
+            + " ".join(f"--attest {name}" for name in missing)
+            + ".",
+        )
 
 
 def _check_words(approver: str, reason: str) -> None:
@@ -98,9 +115,10 @@ def refuse(verdicts: Sequence[Verdict]) -> None:
     if verdicts:
         count = len(verdicts)
         raise Violated(
-            f"{count} invariant{'' if count == 1 else 's'} not held; nothing can be applied.",
+            f"{count} check{'' if count == 1 else 's'} not passed; nothing can be applied.",
             details=[f"{verdict.address}: {verdict.status}: {verdict.detail}" for verdict in verdicts],
             hint="An invariant is never fixed by an apply. Find out who broke it, or what privilege is missing.",
+            verdicts=verdicts,
         )
 
 
@@ -118,35 +136,23 @@ def verify(  # noqa: PLR0913 - the facts that a judgement needs, each once
     *,
     effect_digest: str,
     hazards: Collection[str],
+    attestations: Collection[str],
     policy: Policy,
     used: Collection[str],
     now: datetime,
 ) -> list[Approval]:
     """The approvals that cover these effects, under the installed policy, at the server's time.
 
-    effect_digest and hazards: as derived again, never as the plan file says. used: approval ids that the ledger knows.
+    effect_digest, hazards and attestations: as derived again, never as the plan file says. used: approval ids that
+    the ledger knows.
     Raises NotApproved with every reason when they are too few. One principal counts once, however it is spelt.
     """
     reasons: list[str] = []
     valid: dict[str, Approval] = {}
-    moment = stamp(now)
     for approval in approvals:
-        who = f"the approval of {approval.approver}"
-        unaccepted = sorted(set(hazards) - set(approval.accepted))
-        if approval.id in used:
-            reasons.append(f"{who} was used before; an approval is for one apply")
-        elif approval.effect_digest != effect_digest:
-            reasons.append(f"{who} is for other effects ({approval.effect_digest[:12]}, not {effect_digest[:12]})")
-        elif moment >= approval.expires_at:
-            reasons.append(f"{who} expired at {approval.expires_at}")
-        elif _lifetime(approval) > timedelta(milliseconds=milliseconds(policy.approval.expires)):
-            reasons.append(f"{who} is meant to hold longer than the installed policy's {policy.approval.expires}")
-        elif moment < _earliest(approval):
-            reasons.append(f"{who} was issued at {approval.issued_at}, which is in the future of the server's clock")
-        elif unaccepted:
-            reasons.append(f"{who} does not accept {', '.join(unaccepted)}")
-        elif policy.approval.signed:
-            reasons.append(f"{who} is not signed, and the installed policy asks for signatures")
+        wrong = _wrong(approval, effect_digest, hazards, attestations, policy, used, stamp(now))
+        if wrong:
+            reasons.append(f"the approval of {approval.approver} {wrong}")
         else:
             valid.setdefault(_principal(approval), approval)
     if len(valid) < policy.approval.required:
@@ -162,6 +168,41 @@ def verify(  # noqa: PLR0913 - the facts that a judgement needs, each once
 def _principal(approval: Approval) -> str:
     """The name without what the eye does not tell apart: case, width, accents composed or not, spaces."""
     return "".join(unicodedata.normalize("NFKC", approval.approver).casefold().split())
+
+
+def _wrong(  # noqa: PLR0913, PLR0917 - as verify
+    approval: Approval,
+    effect_digest: str,
+    hazards: Collection[str],
+    attestations: Collection[str],
+    policy: Policy,
+    used: Collection[str],
+    moment: str,
+) -> str:
+    """Why this approval does not count; empty when it does."""
+    unaccepted = sorted(set(hazards) - set(approval.accepted))
+    unattested = sorted(set(attestations) - set(approval.attestations))
+    longest = policy.approval.expires
+    reasons = (
+        (approval.id in used, "was used before; an approval is for one apply"),
+        (
+            approval.effect_digest != effect_digest,
+            f"is for other effects ({approval.effect_digest[:12]}, not {effect_digest[:12]})",
+        ),
+        (moment >= approval.expires_at, f"expired at {approval.expires_at}"),
+        (
+            _lifetime(approval) > timedelta(milliseconds=milliseconds(longest)),
+            f"is meant to hold longer than the installed policy's {longest}",
+        ),
+        (
+            moment < _earliest(approval),
+            f"was issued at {approval.issued_at}, which is in the future of the server's clock",
+        ),
+        (bool(unaccepted), f"does not accept {', '.join(unaccepted)}"),
+        (bool(unattested), f"does not attest {', '.join(unattested)}"),
+        (policy.approval.signed, "is not signed, and the installed policy asks for signatures"),
+    )
+    return next((sentence for is_wrong, sentence in reasons if is_wrong), "")
 
 
 def _lifetime(approval: Approval) -> timedelta:

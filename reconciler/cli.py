@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -21,11 +22,13 @@ from reconciler.errors import InputError, ReconcilerError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from reconciler.model import Approval, Model, Plan
+    from reconciler.evidence import Folder
+    from reconciler.model import Approval, Entry, Model, Outcome, Plan
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
 FORMATS = ("text", "json")
+REPORTS = (*FORMATS, "markdown", "html")
 
 
 def _state_option(command: F) -> F:
@@ -55,6 +58,14 @@ def _server_options(command: F) -> F:
 
 
 def _output_options(command: F) -> F:
+    return _options_for(command, FORMATS)
+
+
+def _report_options(command: F) -> F:
+    return _options_for(command, REPORTS)
+
+
+def _options_for(command: F, formats: tuple[str, ...]) -> F:
     command = click.option("-v", "--verbose", is_flag=True, help="Say more.")(command)
     command = click.option("--no-color", is_flag=True, help="No colours (also: NO_COLOR, no terminal, TERM=dumb).")(
         command
@@ -62,7 +73,7 @@ def _output_options(command: F) -> F:
     return click.option(
         "--format",
         "form",
-        type=click.Choice(FORMATS),
+        type=click.Choice(formats),
         default="text",
         show_default=True,
         help="How to print the result.",
@@ -144,7 +155,7 @@ def schema() -> None:
 @_state_option
 @_target_option
 @_server_options
-@_output_options
+@_report_options
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Save the plan, for approve and apply.")
 @click.option("--detailed-exitcode", is_flag=True, help="Exit 2 when there are changes.")
 @click.option("--show-values", is_flag=True, help="Print values that declared queries gave; only for trusted runs.")
@@ -170,10 +181,10 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
     moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
     made = found.plan(datetime.now(UTC), moved.drift)
     shown = made if given["show_values"] else plans.masked(made)
-    if given["form"] == "json":
-        _json(shown)
-    else:
+    if given["form"] == "text":
         click.echo(text.plan(shown, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
+    else:
+        _document(shown, given["form"], "plan")
     if made.blocking:
         if given["out"]:
             click.echo(f"Not written: {given['out']}. An invariant blocks this plan.", err=True)
@@ -182,6 +193,7 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
         plans.write(given["out"], made.dump(), private=True)
         if made.has_changes:
             accept = "".join(f" --accept {hazard}" for hazard in made.hazards)
+            accept += "".join(f" --attest {name}" for name in made.attestations)
             click.echo(f"Saved {given['out']}. Next, once you have read it:", err=True)
             click.echo(f'  reconciler approve {given["out"]} --as NAME --reason "..."{accept}', err=True)
     ctx.exit(2 if made.has_changes and given["detailed_exitcode"] else 0)
@@ -189,31 +201,35 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@_output_options
+@_report_options
 def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
-    """Print a saved plan or approval FILE again, stale or not.
+    """Print a saved plan, an approval or the evidence of a run again: a FILE, or the folder of the evidence.
 
     \b
     Examples:
       reconciler show phase2.plan
       reconciler show phase2.plan.operator.approval.json --format json
+      reconciler show evidence/20260522T120000Z-1f0c9a52-... --format html > report.html
     """
     from reconciler import approve as approvals
+    from reconciler import evidence as evidences
     from reconciler import plan as plans
     from reconciler.render import text
-    from reconciler.trust import check_plan
 
-    if "approver" in plans.read(file, "plan or approval"):
-        given: Model = approvals.load(file)
-        shown = text.approval(approvals.load(file), colour=_colour(no_color))
+    document = {} if file.is_dir() else plans.read(file, "plan, approval or evidence")
+    if file.is_dir() or evidences.is_evidence(document):
+        kept = evidences.load(file)
+        given, sort, shown = kept, "evidence", text.evidence(kept, colour=_colour(no_color), verbose=verbose)
+    elif "approver" in document:
+        approval = approvals.load(file)
+        given, sort, shown = approval, "approval", text.approval(approval, colour=_colour(no_color))
     else:
-        given, _ = plans.load(file)
-        check_plan(given)
-        shown = text.plan(given, colour=_colour(no_color), verbose=verbose)
-    if form == "json":
-        _json(given)
-    else:
+        made, _ = plans.load(file)
+        given, sort, shown = made, "plan", text.plan(made, colour=_colour(no_color), verbose=verbose)
+    if form == "text":
         click.echo(shown, nl=False)
+    else:
+        _document(given, form, sort)
 
 
 @cli.command()
@@ -221,6 +237,7 @@ def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
 @click.option("--as", "approver", required=True, metavar="NAME", help="Who approves.")
 @click.option("--reason", required=True, help="Why.")
 @click.option("--accept", "accepted", multiple=True, metavar="HAZARD", help="A hazard of the plan; each must be named.")
+@click.option("--attest", "attested", multiple=True, metavar="ID", help="What no query can see and you sign for.")
 @click.option(
     "--expires", metavar="DURATION", help="For how long, for example 2h; at most (and by default) the policy's."
 )
@@ -245,6 +262,7 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
         approver=given["approver"],
         reason=given["reason"],
         accepted=given["accepted"],
+        attested=given["attested"],
         expires=given["expires"],
         now=datetime.now(UTC),
     )
@@ -270,6 +288,11 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
     help="An approval (repeatable); without it, those beside the plan.",
 )
 @click.option("--initialize", is_flag=True, help="This is the first apply of this name on this database.")
+@click.option(
+    "--evidence",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory for the evidence, new or empty; else <UTC time>-<run> below RECONCILER_EVIDENCE, else evidence/.",
+)
 @click.pass_context
 def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
     """Apply an approved PLAN in one transaction, or change nothing.
@@ -277,10 +300,11 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
     \b
     Examples:
       reconciler apply phase2.plan --dsn postgresql://operator@db/app --initialize
-      reconciler apply phase2.plan --approval a.approval.json --approval b.approval.json
+      reconciler apply phase2.plan --approval a.approval.json --approval b.approval.json --evidence run-4711
     """
     from reconciler import apply as applying
     from reconciler import approve as approvals
+    from reconciler import evidence as evidences
     from reconciler import plan as plans
     from reconciler.render import text
     from reconciler.trust import check_plan
@@ -306,9 +330,31 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
         initialize=given["initialize"],
         allow_untested=given["allow_untested_server"],
     )
+    parent = Path(os.environ.get("RECONCILER_EVIDENCE") or "evidence")
+    place = given["evidence"] or parent / evidences.default_name(request.run_id, datetime.now(UTC))
+    kept = _Kept(
+        evidences.Folder(place),
+        made,
+        checksum,
+        plan_file.read_bytes(),
+        [
+            (approval.approver, path.read_bytes() if path else plans.serialize(approval.dump()))
+            for approval, path in itertools.zip_longest(loaded, files)
+        ],
+    )
+    record = applying.Record(_Progress(verbose=given["verbose"]))
     # A polite kill rolls back like Ctrl-C does; a kill -9 leaves it to the server.
     signal.signal(signal.SIGTERM, _interrupt)
-    done = applying.apply(request, _Progress(verbose=given["verbose"]))
+    try:
+        done = applying.apply(request, record)
+    except (ReconcilerError, KeyboardInterrupt) as error:
+        if record.begun:
+            for problem in kept.write(record.failed(request, error), None):
+                click.echo(problem, err=True)
+        else:
+            kept.folder.give_back()
+        raise
+    done = done.model_copy(update={"problems": (*done.problems, *kept.write(done, record.entry))})
     try:
         if given["form"] == "json":
             _json(done)
@@ -319,6 +365,36 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
         # It is committed: that nobody could read so must not look like a failure.
         sys.stdout = None
     ctx.exit(0)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a run leaves: the folder, and what was given to it, byte for byte."""
+
+    folder: Folder
+    plan: Plan
+    checksum: str
+    plan_bytes: bytes
+    approvals: list[tuple[str, bytes]]
+
+    def write(self, done: Outcome, entry: Entry | None) -> list[str]:
+        """Write the evidence; problems are returned, because after COMMIT nothing changes the outcome."""
+        from reconciler import evidence as evidences
+        from reconciler.render import html, markdown
+
+        try:
+            told = evidences.document(done, self.plan, self.checksum)
+            pages = {"report.md": markdown.evidence(told), "report.html": html.evidence(told)}
+            made = evidences.files(told, plan=self.plan_bytes, approvals=self.approvals, entry=entry, pages=pages)
+            self.folder.write(made)
+        except KeyboardInterrupt:
+            return [f"interrupted while evidence was written to {self.folder.path}"]
+        except ReconcilerError as error:
+            return [error.message]
+        except Exception as error:  # noqa: BLE001 - the change stands, whatever goes wrong in telling it
+            return [f"evidence could not be written to {self.folder.path}: {type(error).__name__}: {error}"]
+        click.echo(f"Evidence: {self.folder.path}", err=True)
+        return []
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
@@ -349,6 +425,7 @@ def _ask(made: Plan, checksum: str, *, colour: bool) -> list[Approval]:
             approver=getpass.getuser(),
             reason="typed yes at the prompt of apply",
             accepted=made.hazards,
+            attested=made.attestations,
             expires=None,
             now=datetime.now(UTC),
         )
@@ -376,7 +453,7 @@ class _Progress:
 @_state_option
 @_target_option
 @_server_options
-@_output_options
+@_report_options
 @click.option("--fail-on", default="", help="Findings that also exit 2, for example undeclared,stale_heartbeat.")
 @click.pass_context
 def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as plan
@@ -409,11 +486,77 @@ def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
         fail_on=fail_on,
         now=datetime.now(UTC),
     )
-    if given["form"] == "json":
-        _json(report)
-    else:
+    if given["form"] == "text":
         click.echo(text.drift(report, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
+    else:
+        _document(report, given["form"], "drift")
     ctx.exit(drifting.exit_code(report))
+
+
+@cli.command()
+@_state_option
+@_target_option
+@_server_options
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where to write; pins.yaml of the state.")
+def pin(state: Path, target: str | None, dsn: str | None, allow_untested_server: bool, out: Path | None) -> None:
+    """Capture the live definitions of everything that `pin` invariants name, for review. Reads only.
+
+    \b
+    Examples:
+      reconciler pin --dsn postgresql://planner@db/app -t production
+      reconciler pin --out /tmp/pins.yaml && diff state/pins.yaml /tmp/pins.yaml
+    """
+    from reconciler import desired, live, pg, pins
+
+    wanted = desired.load(state, target, capturing=True)
+    with pg.connect(dsn, "pin") as conn:
+        pg.check_version(conn, allow_untested=allow_untested_server)
+        with pg.snapshot(conn):
+            live.identify(conn, wanted)
+            text, count = pins.capture(conn, wanted)
+    written = out or state / "pins.yaml"
+    pins.write(written, text)
+    click.echo(
+        f"Captured {count} pin{'' if count == 1 else 's'} in {written}. Review it like any other change.", err=True
+    )
+
+
+@cli.command()
+@_state_option
+@_target_option
+@_server_options
+@_output_options
+@click.option("--rehearse", is_flag=True, help="On a scratch copy of the schema; also what needs two sessions.")
+@click.option("--scratch", metavar="DSN", help="An empty database for the rehearsal, instead of the embedded server.")
+@click.pass_context
+def prove(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as plan
+    """Play the proofs on the database as it is, in one transaction that is rolled back.
+
+    \b
+    Examples:
+      reconciler prove --dsn postgresql://operator@db/app -t production
+      reconciler prove --rehearse
+    """
+    from reconciler import desired
+    from reconciler import prove as proving
+    from reconciler.errors import UsageError
+    from reconciler.render import text
+
+    if given["scratch"] and not given["rehearse"]:
+        raise UsageError("--scratch names where to rehearse.", hint="Add --rehearse.")
+    wanted = desired.load(given["state"], given["target"])
+    untested: bool = given["allow_untested_server"]
+    if given["rehearse"]:
+        from reconciler import rehearsal
+
+        found = rehearsal.prove(given["dsn"], wanted, scratch=given["scratch"], allow_untested=untested)
+    else:
+        found = proving.prove(given["dsn"], wanted, allow_untested=untested)
+    if given["form"] == "json":
+        _json(found)
+    else:
+        click.echo(text.proofs(found, colour=_colour(given["no_color"])), nl=False)
+    ctx.exit(proving.exit_code(found))
 
 
 @cli.command()
@@ -497,6 +640,16 @@ def load(directory: Path, dsn: str) -> None:
 def _colour(no_color: bool) -> bool:
     unwanted = no_color or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     return not unwanted and sys.stdout.isatty()
+
+
+def _document(found: Model, form: str, sort: str) -> None:
+    """Print a plan, drift report, approval or evidence as JSON, Markdown or HTML."""
+    if form == "json":
+        _json(found)
+        return
+    import importlib
+
+    click.echo(getattr(importlib.import_module(f"reconciler.render.{form}"), sort)(found), nl=False)
 
 
 def _json(document: Model | dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 from pydantic import Field
 
 from reconciler.checks import checks
+from reconciler.checks.proof import ProofSpec, armed, refuses
 from reconciler.errors import InputError, Problem, UsageError
 from reconciler.kinds import kinds
 from reconciler.model import (
@@ -28,7 +29,8 @@ from reconciler.model import (
     Policy,
     Scope,
 )
-from reconciler.parts import Complaint, Context, own_relation
+from reconciler.parts import Captured, Complaint, Context, own_relation
+from reconciler.sql import split_identity
 from reconciler.yamltext import Document, parse, read_text, validate
 
 if TYPE_CHECKING:
@@ -78,17 +80,19 @@ class _Entry:
         return Place(self.file, line, column)
 
 
-def load(directory: Path, target: str | None) -> Desired:
+def load(directory: Path, target: str | None, *, capturing: bool = False) -> Desired:
     """Everything the files of `directory` say for one target, variables filled in.
 
-    target: a name of `governance.targets`; None means the only one.
+    target: a name of `governance.targets`; None means the only one. capturing: pins need no lines yet.
     Raises InputError with every problem of every file, UsageError for a target that is not there.
     """
     sections, governance, problems, source = _parsed(directory)
     if governance is None:
         # Without the stores and the policy nothing else can be judged; what can be said of the rest was said.
         raise InputError(_in_order(problems))
-    return _resolved(directory, sections, governance, _target(governance, target), problems, source)
+    return _resolved(
+        directory, sections, governance, _target(governance, target), problems, source, capturing=capturing
+    )
 
 
 def load_all(directory: Path) -> list[Desired]:
@@ -125,6 +129,8 @@ def _resolved(  # noqa: PLR0913, PLR0917 - what was parsed, for one target
     chosen: str,
     problems: list[Problem],
     source: str,
+    *,
+    capturing: bool = False,
 ) -> Desired:
     variables = {**governance.vars, **governance.targets[chosen].vars}
     policy = Policy(
@@ -133,11 +139,13 @@ def _resolved(  # noqa: PLR0913, PLR0917 - what was parsed, for one target
         allow_functions=governance.allow_functions,
         allow_not_judged=governance.allow_not_judged,
     )
-    context = Context(root=directory, stores=governance.gate_stores, policy=policy)
+    pins, unpinned = _pins(sections)
+    context = Context(root=directory, stores=governance.gate_stores, policy=policy, pins=pins, capturing=capturing)
     items, found = _items(sections, variables, context)
     judged, more = _checks(sections, variables, context, items)
-    if problems or found or more:
-        raise InputError(_in_order([*problems, *found, *more]))
+    more += _gates_proven(items, judged, sections) + _armed_exist(judged, sections)
+    if problems or unpinned or found or more:
+        raise InputError(_in_order([*problems, *unpinned, *found, *more]))
     return Desired(
         name=governance.name,
         release=governance.release,
@@ -266,6 +274,7 @@ def _merge(documents: Mapping[str, Document]) -> tuple[dict[str, dict[str, _Entr
     """Section -> name -> entry over all files; a name in two places is a problem that names both."""
     known = [
         "governance",
+        "pins",
         *(kind.section for kind in kinds().values()),
         *(check.section for check in checks().values()),
     ]
@@ -317,6 +326,20 @@ def _governance(entries: Mapping[str, _Entry], directory: Path) -> tuple[Governa
             message = f"gate store {scope.store!r} is not declared in governance.gate_stores"
             problems.append(entry.problem(message, ("scope", "gates", index, "store"), value=True))
     return governance, problems
+
+
+def _pins(sections: Mapping[str, Mapping[str, _Entry]]) -> tuple[dict[str, Captured], list[Problem]]:
+    pins: dict[str, Captured] = {}
+    problems: list[Problem] = []
+    known = sections.get("invariants", {})
+    for name, entry in sections.get("pins", {}).items():
+        captured, found = validate(Captured, entry.document, entry.path, entry.data, entry.file)
+        problems += found
+        if captured is not None:
+            pins[name] = captured
+        if name not in known:
+            problems.append(entry.problem(f"no invariant {name!r} pins this; run `reconciler pin` again"))
+    return pins, problems
 
 
 def _qualified(entry: _Entry, path: tuple[str | int, ...], text: str) -> list[Problem]:
@@ -400,6 +423,38 @@ def _gates_exist(entry: _Entry, gates: Sequence[str], known: Collection[str]) ->
             near = difflib.get_close_matches(gate, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             problems.append(entry.problem(f"gate {gate!r} is not declared{hint}", ("gates", index), value=True))
+    return problems
+
+
+def _gates_proven(
+    items: Mapping[str, Declared], judged: Mapping[str, Check], sections: Mapping[str, Mapping[str, _Entry]]
+) -> list[Problem]:
+    """A missing check is a failure (rule 14): some proof shows of each gate that it makes the function refuse."""
+    specs = [check.spec for check in judged.values() if isinstance(check.spec, ProofSpec)]
+    if len(specs) < len(sections.get("proofs", {})):
+        return []  # what the others prove is not known before they are right
+    problems: list[Problem] = []
+    for item in items.values():
+        gates: tuple[str, ...] = getattr(item.rules, "gates", ())
+        for index, gate in enumerate(gates):
+            schema, name, arguments = split_identity(item.name)
+            declared = gate in sections.get("gates", {})
+            if declared and not any(refuses(spec, schema, name, len(arguments), gate) for spec in specs):
+                message = f"no proof shows that {schema}.{name} refuses with a reason `{gate}=…`"
+                entry = sections["functions"][item.name]
+                problems.append(entry.problem(message, ("gates", index), value=True))
+    return problems
+
+
+def _armed_exist(judged: Mapping[str, Check], sections: Mapping[str, Mapping[str, _Entry]]) -> list[Problem]:
+    """A proof may only arm gates that are declared."""
+    problems: list[Problem] = []
+    for check in judged.values():
+        for number, gate in armed(check.spec) if isinstance(check.spec, ProofSpec) else ():
+            if gate not in sections.get("gates", {}):
+                entry = sections["proofs"][check.name]
+                where = ("steps", number) if "steps" in entry.data else ()
+                problems.append(entry.problem(f"gate {gate!r} is not declared", (*where, "arm", gate)))
     return problems
 
 

@@ -24,7 +24,7 @@ from reconciler.model import (
     Verdict,
     blocking,
 )
-from reconciler.plan import stamp
+from reconciler.plan import of_kind, stamp
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -44,6 +44,8 @@ class DriftReport(Model):
     pending: tuple[Drift, ...]
     findings: tuple[Finding, ...]
     invariants: tuple[Verdict, ...]
+    proofs: tuple[Verdict, ...] = ()
+    surface: tuple[Verdict, ...] = ()
     not_compared: tuple[NotCompared, ...]
 
 
@@ -138,7 +140,7 @@ def report(  # noqa: PLR0913 - what the report consists of
         drift=moved.drift,
         pending=moved.pending,
         findings=tuple(findings),
-        invariants=tuple(verdicts),
+        invariants=of_kind(verdicts, "invariant"),
         not_compared=tuple(not_compared),
     )
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from reconciler.model import Verdict
+
 
 class Problem(NamedTuple):
     """One thing wrong with one place of an input. `line` and `column` count from 1; None where there is none."""
@@ -89,6 +91,13 @@ class Violated(ReconcilerError):
 
     exit_code = 3
     outcome = "violated"
+
+    def __init__(
+        self, message: str = "", *, hint: str = "", details: Sequence[str] = (), verdicts: Sequence[Verdict] = ()
+    ) -> None:
+        """`verdicts`: those that blocked."""
+        super().__init__(message, hint=hint, details=details)
+        self.verdicts = tuple(verdicts)
 
 
 class Refused(ReconcilerError):

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from reconciler import pg
-from reconciler.checks import checks
+from reconciler.checks import CheckKind, checks
 from reconciler.errors import UsageError
 from reconciler.kinds import kinds
-from reconciler.model import Desired, Finding, Json, Live, Model, NotCompared, Target, Verdict
+from reconciler.model import Address, Asked, Check, Desired, Finding, Json, Live, Model, NotCompared, Target, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,13 +35,27 @@ def read(conn: pg.Connection, desired: Desired, allow_functions: Sequence[str]) 
     return Live(items, facts, tuple(sorted(findings, key=lambda finding: (finding.code, finding.address))))
 
 
-def judge(conn: pg.Connection, desired: Desired, allow_functions: Sequence[str]) -> tuple[Verdict, ...]:
-    """The verdict of every declared check, by address. `allow_functions`: the installed policy's."""
-    known = checks()
+def judge(conn: pg.Connection, asked: Asked, memos: Mapping[Address, Json] | None = None) -> tuple[Verdict, ...]:
+    """The verdict of every declared check, in the order of their sorts and then by address.
+
+    memos: what `remember` returned at BEGIN, when asked inside an apply.
+    """
     # Statistics views are cached for the whole transaction: without this, the second look of an apply would see the
     # sessions of the first, and a background worker that has ended meanwhile as one without a type.
     pg.rows(conn, "SELECT pg_catalog.pg_stat_clear_snapshot()::pg_catalog.text AS cleared")
-    return tuple(known[check.kind].run(conn, check, allow_functions) for check in desired.checks.values())
+    return tuple(
+        kind.run(conn, check, replace(asked, memo=(memos or {}).get(check.address))) for kind, check in _checks(asked)
+    )
+
+
+def remember(conn: pg.Connection, asked: Asked) -> dict[Address, Json]:
+    """What every check must know about the state at BEGIN, by address."""
+    return {check.address: kind.remember(conn, check, asked) for kind, check in _checks(asked)}
+
+
+def _checks(asked: Asked) -> list[tuple[CheckKind, Check]]:
+    declared = asked.desired.checks.values()
+    return [(kind, check) for kind in checks().values() for check in declared if check.kind == kind.name]
 
 
 def identify(conn: pg.Connection, desired: Desired) -> Target:

@@ -16,7 +16,7 @@ import rfc8785
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 FORMAT_VERSION = "1.0"
 DIGEST_ENCODING = "reconciler/effects/1"
@@ -252,23 +252,51 @@ class Target(Model):
 
 
 class Finding(Model):
-    """Something a person should know that is no change: an undeclared object, a stale marker, an unproven gate."""
+    """Something a person should know that is no change: an undeclared object, a stale marker."""
 
-    code: Literal["ledger_not_readable", "marker_differs", "stale_heartbeat", "undeclared", "unproven"]
+    code: Literal["ledger_not_readable", "marker_differs", "stale_heartbeat", "undeclared"]
     address: Address
     message: str
 
 
+Status: TypeAlias = Literal[
+    "held", "violated", "not_judged", "attested", "passed", "failed", "rehearsed", "predicted", "differs", "deferred"
+]
+"""What a check came to. `attested` is a person's word; `deferred` is judged later, `detail` says when."""
+
+
 class Verdict(Model):
-    """What a check found. `judged_by` is `state` for a look at the live state; `detail` never holds values of rows."""
+    """What a check found. `detail` never holds values of rows; the last three are a surface row's."""
 
     address: Address
-    status: Literal["held", "violated", "not_judged"]
+    status: Status
     detail: str
     missing: str = ""
     """For not_judged: the privilege that the role lacks."""
     tolerated: bool = False
     """For not_judged: the installed policy lets it stay so."""
+    before: str | None = None
+    after: str | None = None
+    predicted: str | None = None
+    group: str = ""
+    """The list it belongs to in reports, as its declaration says."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """When and under which policy a check is asked."""
+
+    desired: Desired
+    allow_functions: Sequence[str] = ()
+    """The installed policy's."""
+    inside: bool = False
+    """Inside an apply, just before COMMIT; otherwise in plan, drift, or an apply before anything was changed."""
+    memo: Json = None
+    """Inside: what the check remembered at BEGIN."""
+    changes: Sequence[Change] = ()
+    """Inside: what the apply changed."""
+    attested: Collection[str] = ()
+    """Inside: the names that approvers signed for."""
 
 
 @dataclass(frozen=True)
@@ -302,11 +330,16 @@ def tolerated(verdicts: Sequence[Verdict], policy: Policy) -> tuple[Verdict, ...
 
 
 def blocking(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
-    """The verdicts that forbid an apply: violated, or not judged and not tolerated. This rule's one place."""
+    """The verdicts that forbid an apply. This rule's one place.
+
+    A violated invariant, a failed proof, a surface row that is not as predicted; and what was not judged and is not
+    tolerated.
+    """
     return tuple(
         verdict
         for verdict in verdicts
-        if verdict.status == "violated" or (verdict.status == "not_judged" and not verdict.tolerated)
+        if verdict.status in {"violated", "failed", "differs"}
+        or (verdict.status == "not_judged" and not verdict.tolerated)
     )
 
 
@@ -432,9 +465,21 @@ class Plan(Model):
         return [change.address for change in (*self.setup, *self.changes) if hazard in change.hazards]
 
     @property
+    def checks(self) -> tuple[Verdict, ...]:
+        """Every verdict, of all sorts of checks."""
+        return (*self.invariants, *self.proofs, *self.surface)
+
+    @property
+    def attestations(self) -> tuple[str, ...]:
+        """The names that approvers must sign for, because no query can see what they claim."""
+        return tuple(
+            sorted(verdict.address.partition(".")[2] for verdict in self.checks if verdict.missing == "attestation")
+        )
+
+    @property
     def blocking(self) -> tuple[Verdict, ...]:
         """The checks that forbid an apply: violated, or not judged and not allowed to stay so."""
-        return blocking(self.invariants)
+        return blocking(self.checks)
 
     @property
     def statements(self) -> tuple[Statement, ...]:
@@ -486,7 +531,7 @@ class Body(Model):
     policy: Policy
     scope: JsonObject
     manifest: dict[Address, Governed]
-    invariants: tuple[Verdict, ...]
+    checks: tuple[Verdict, ...]
     transaction_id: str
 
 
@@ -502,23 +547,91 @@ class Entry(Model):
     body: JsonObject
 
 
-class Outcome(Model):
-    """What an apply did. `problems`: what went wrong after COMMIT, when the change itself stands."""
+class Executed(Model):
+    """One statement that an apply ran, whole, and how long the server took."""
 
-    format_version: str = FORMAT_VERSION
+    address: Address
+    text: str
+    role: str | None
+    seconds: float
+
+
+class Stage(Model):
+    """One part of an apply, and how long it took. `after` is what followed COMMIT."""
+
+    name: str
+    seconds: float
+
+
+class Yes(Model):
+    """What one approver said."""
+
+    id: str
+    approver: str
+    reason: str
+    accepted: tuple[str, ...]
+    attestations: tuple[str, ...]
+    issued_at: Moment
+    expires_at: Moment
+    signed: bool
+
+
+class Failure(Model):
+    """Why an apply did not change anything, as it was told on the terminal."""
+
+    message: str
+    details: tuple[str, ...] = ()
+    hint: str = ""
+
+
+OUTCOME_VERSION = "1.1"
+
+
+class Outcome(Model):
+    """What an apply did. `problems`: what went wrong after COMMIT, when the change itself stands.
+
+    A run that did not end in COMMIT has a `failure`, and neither entry nor hash; then everything here is what it had
+    come to, and the server rolled it back (or, for the outcome `unknown`, nobody can say). `started_at` and
+    `finished_at` are the server's clock. The verdicts of a failed run may be incomplete, or those of before the change.
+    """
+
+    format_version: str = OUTCOME_VERSION
     outcome: str
+    tool: str = ""
     run_id: str
     target: Target
     effect_digest: str
-    entry: int
-    hash: str
+    entry: int | None
+    hash: str | None
+    previous: str | None = None
     genesis: bool
-    transaction_id: str
+    transaction_id: str | None
+    started_at: Moment | None = None
+    finished_at: Moment | None = None
     statements: int
     seconds: float
+    stages: tuple[Stage, ...] = ()
+    executed: tuple[Executed, ...] = ()
+    approvals: tuple[Yes, ...] = ()
     summary: Summary
     invariants: tuple[Verdict, ...]
+    proofs: tuple[Verdict, ...]
+    surface: tuple[Verdict, ...]
+    findings: tuple[Finding, ...] = ()
+    not_compared: tuple[NotCompared, ...] = ()
+    failure: Failure | None = None
     problems: tuple[str, ...] = ()
+
+    @property
+    def checks(self) -> tuple[Verdict, ...]:
+        """Every verdict, of all sorts of checks."""
+        return (*self.invariants, *self.proofs, *self.surface)
+
+
+def glob_match(pattern: str, text: str) -> bool:
+    """Does the text match the glob (`*` and `?` only)?"""
+    parts = {"*": ".*", "?": "."}
+    return re.fullmatch("".join(parts.get(char) or re.escape(char) for char in pattern), text, re.DOTALL) is not None
 
 
 def glob_regex(pattern: str) -> str:

@@ -12,7 +12,7 @@ from psycopg import sql
 
 from reconciler import pg
 from reconciler.errors import MissingPrivilege, ServerProblem
-from reconciler.model import Address, Declared, GateStore, Policy, Statement
+from reconciler.model import Address, Declared, GateStore, JsonObject, Model, Policy, Statement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,6 +27,13 @@ class Complaint(NamedTuple):
     message: str
 
 
+class Captured(Model):
+    """One entry of `pins`: what was pinned (as the invariant says it) and its lines, written by `reconciler pin`."""
+
+    pin: JsonObject
+    lines: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Context:
     """What a declaration may refer to."""
@@ -34,6 +41,9 @@ class Context:
     root: Path
     stores: Mapping[str, GateStore]
     policy: Policy
+    pins: Mapping[str, Captured]
+    capturing: bool = False
+    """While `reconciler pin` captures: a pin without lines is no problem."""
     items: Mapping[Address, Declared] = field(default_factory=dict[str, "Declared"])
     """What kinds before this one declared."""
 
@@ -58,6 +68,14 @@ def relation(text: str) -> tuple[str, str]:
         raise ValueError(f"{text!r} is no qualified name: write schema.table, for example public.settings")
     schema, name = (part[1:-1].replace('""', '"') if part.startswith('"') else part for part in match.groups())
     return schema, name
+
+
+def schema_and_pattern(text: str) -> tuple[str, str]:
+    """`schema.glob` as schema and glob. Raises ValueError with a sentence."""
+    schema, dot, pattern = text.partition(".")
+    if not (schema and dot and pattern) or '"' in schema:
+        raise ValueError(f"{text!r} is no schema.pattern, for example public.fn_*")
+    return schema, pattern
 
 
 SYSTEM_SCHEMAS = frozenset({"information_schema", "pg_catalog", "pg_toast", "reconciler"})
@@ -86,37 +104,6 @@ def complete(composed: sql.Composable, role: str | None = None) -> Statement:
     return Statement(text=composed.as_string(None), role=role)
 
 
-def unreadable(conn: pg.Connection, relations: Sequence[str]) -> tuple[str, str] | None:
-    """What keeps this role from seeing all rows of the relations: (missing privilege, sentence), or None.
-
-    Asked before, because an error inside the snapshot would end it.
-    """
-    for name in relations:
-        found = pg.rows(
-            conn,
-            """
-            SELECT current_user::pg_catalog.text AS role,
-                   pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS usage,
-                   pg_catalog.has_table_privilege(c.oid, 'SELECT') AS may_read,
-                   pg_catalog.row_security_active(c.oid) AS hides
-              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-             WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
-            """,
-            relation(name),
-        )
-        if not found:
-            return f"relation {name}", f"there is no relation {name}"
-        row = found[0]
-        if not row["usage"]:
-            missing = f"USAGE on the schema of {name}"
-            return missing, f"role {row['role']} lacks {missing}"
-        if not row["may_read"]:
-            return f"SELECT on {name}", f"role {row['role']} lacks SELECT on {name}"
-        if row["hides"]:
-            return f"BYPASSRLS for {name}", f"row security hides rows of {name} from role {row['role']}"
-    return None
-
-
 QUERY_TIMEOUT_MS = 5_000
 MAX_TEXT = 65_536
 """Characters of a value that a declared query may give."""
@@ -143,6 +130,57 @@ def single_value(conn: pg.Connection, query: str, doing: str) -> tuple[str | Non
     if len(value) > MAX_TEXT:
         return None, f"gives a value of more than {MAX_TEXT} characters"
     return value, ""
+
+
+# Relations whose rows or columns are hidden, without an error, from a role that lacks the privilege (DESIGN rule 16).
+_HIDING = {
+    "pg_catalog.pg_settings": "pg_read_all_settings",
+    "pg_catalog.pg_stat_activity": "pg_read_all_stats",
+    "pg_catalog.pg_stat_gssapi": "pg_read_all_stats",
+    "pg_catalog.pg_stat_replication": "pg_read_all_stats",
+    "pg_catalog.pg_stat_ssl": "pg_read_all_stats",
+    "pg_catalog.pg_stat_subscription": "pg_read_all_stats",
+    "pg_catalog.pg_stat_wal_receiver": "pg_read_all_stats",
+}
+
+
+def _may(conn: pg.Connection, role: str) -> bool:
+    query = "SELECT pg_catalog.pg_has_role(current_user, %s::pg_catalog.name, 'USAGE') AS may"
+    return pg.rows(conn, query, (role,))[0]["may"]
+
+
+def unreadable(conn: pg.Connection, relations: Sequence[str]) -> tuple[str, str] | None:
+    """What keeps this role from seeing all rows of the relations: (missing privilege, sentence), or None.
+
+    Asked before, because an error inside the snapshot would end it.
+    """
+    for name in relations:
+        role = _HIDING.get(name)
+        if role is not None and not _may(conn, role):
+            return role, f"{name} hides rows or columns from this role; GRANT {role} to it"
+        found = pg.rows(
+            conn,
+            """
+            SELECT current_user::pg_catalog.text AS role,
+                   pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS usage,
+                   pg_catalog.has_table_privilege(c.oid, 'SELECT') AS may_read,
+                   pg_catalog.row_security_active(c.oid) AS hides
+              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+             WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+            """,
+            relation(name),
+        )
+        if not found:
+            return f"relation {name}", f"there is no relation {name}"
+        row = found[0]
+        if not row["usage"]:
+            missing = f"USAGE on the schema of {name}"
+            return missing, f"role {row['role']} lacks {missing}"
+        if not row["may_read"]:
+            return f"SELECT on {name}", f"role {row['role']} lacks SELECT on {name}"
+        if row["hides"]:
+            return f"BYPASSRLS for {name}", f"row security hides rows of {name} from role {row['role']}"
+    return None
 
 
 def hold(conn: pg.Connection, name: str, address: str) -> None:

@@ -82,15 +82,20 @@ def build(  # noqa: PLR0913 - these are the inputs of the flow, each once
         changes=found,
         drift=tuple(drift),
         findings=live.findings,
-        invariants=tuple(verdicts),
-        proofs=(),
-        surface=(),
+        invariants=of_kind(verdicts, "invariant"),
+        proofs=of_kind(verdicts, "proof"),
+        surface=of_kind(verdicts, "surface"),
         not_compared=tuple(not_compared),
         summary=summary,
         effects_digest=effects,
         effect_digest=effect_digest(effects, target),
         desired=declared,
     )
+
+
+def of_kind(verdicts: Sequence[Verdict], kind: str) -> tuple[Verdict, ...]:
+    """The verdicts of one sort of check."""
+    return tuple(verdict for verdict in verdicts if verdict.address.startswith(f"{kind}."))
 
 
 def masked(plan: Plan) -> Plan:
@@ -257,11 +262,16 @@ def serialize(document: Json) -> bytes:
 
 def write(path: Path, document: Json, *, private: bool = False) -> None:
     """Write a plan or approval whole or not at all. private: readable by its owner only. Raises UsageError."""
+    replace_file(path, serialize(document), private=private)
+
+
+def replace_file(path: Path, data: bytes, *, private: bool) -> None:
+    """Put `data` in the place of `path` in one step. private: readable by its owner only. Raises UsageError."""
     temporary: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            file.write(serialize(document))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o600 if private else 0o644)

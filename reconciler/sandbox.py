@@ -43,7 +43,7 @@ SETTINGS: dict[str, str] = {
 _MARK = "reconciler-sandbox"  # a directory without this file is not ours to delete
 _SOCKET_PATH_LIMIT = 103  # bytes in a socket's path: 107 on Linux, 103 on macOS
 _MAY_END_TRANSACTION = {"begin", "start", "commit", "end", "rollback", "abort", "savepoint", "release", "prepare"}
-_NOT_EMPTY = """
+NOT_EMPTY = """
 SELECT pg_catalog.format('%I.%I', n.nspname, o.name) AS name
 FROM (
     SELECT 'pg_catalog.pg_class'::pg_catalog.regclass AS catalog, oid, relnamespace AS namespace, relname AS name
@@ -111,7 +111,7 @@ def load(directory: Path, dsn: str | None) -> list[Path]:
         raise SandboxError(f"{directory} has no *.sql files.")
     statements = [statement for file in files for statement in _statements(file)]
     with pg.connect(dsn, "sandbox") as conn:
-        occupied = pg.rows(conn, _NOT_EMPTY.encode(), doing="looking whether the database is empty")
+        occupied = pg.rows(conn, NOT_EMPTY.encode(), doing="looking whether the database is empty")
         if occupied:
             raise SandboxError(
                 f"The database {conn.info.dbname} is not empty: it has {occupied[0]['name']}.",

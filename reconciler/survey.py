@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reconciler import ledger, live, plan, setup
-from reconciler.model import tolerated
+from reconciler.model import Asked, tolerated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +61,6 @@ def survey(conn: Connection, desired: Desired) -> Survey:
         last=last,
         live=found,
         setup=setup.changes(desired, exists=last.exists, readable=last.readable, installed=last.installed),
-        verdicts=tolerated(live.judge(conn, whole, last.allow_functions), policy),
+        verdicts=tolerated(live.judge(conn, Asked(whole, last.allow_functions)), policy),
         not_compared=live.not_compared(conn, desired),
     )

@@ -124,14 +124,23 @@ def dieu45_full(server: Server, run_directory: Path, new_name: Callable[[], str]
     yield from _clone(server, new_name(), _template(server, run_directory, "dieu45_full"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where runs leave their evidence when they are not told otherwise: not in the project."""
+    place = tmp_path_factory.mktemp("evidence")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECONCILER_EVIDENCE", str(place))
+        yield place
+
+
 @pytest.fixture(scope="session")
-def cli(tmp_path_factory: pytest.TempPathFactory) -> Command:
+def cli(tmp_path_factory: pytest.TempPathFactory, evidence: Path) -> Command:
     """Runs the installed `reconciler` as a user would, with none of the variables of whoever runs the tests."""
     program = Path(sysconfig.get_path("scripts")) / "reconciler"
     home = tmp_path_factory.mktemp("home")
     foreign = ("PG", "RECONCILER_", "XDG_", "COLUMNS", "FORCE_COLOR", "NO_COLOR", "PYTEST_")
     base = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    base.update(HOME=str(home), LC_ALL="C.UTF-8", TERM="dumb")
+    base.update(HOME=str(home), LC_ALL="C.UTF-8", TERM="dumb", RECONCILER_EVIDENCE=str(evidence))
 
     def run(
         *arguments: str | Path,

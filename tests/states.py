@@ -93,6 +93,13 @@ invariants:
   no-cron: {forbid: {extension: pg_cron}}
   no-blank: {query: SELECT s.name FROM public.settings AS s WHERE s.value = '', rows: 0}
 """,
+    "proofs.yaml": """proofs:
+  refuses:
+    reason: The gate is asked.
+    arm: {app.enabled: "false"}
+    when: SELECT public.fn_one(1)
+    then: [{returns: [{fn_one: app.enabled=false}]}]
+""",
 }
 """A state directory with everything in it, by file."""
 

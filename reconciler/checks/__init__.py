@@ -6,14 +6,14 @@ A new check is a new module in this folder with a `CHECK`; `desired` and `live` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from reconciler.parts import Complaint, Context, discover
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from reconciler.model import Check, Declared, Json, Model, Verdict
+    from reconciler.model import Asked, Check, Declared, Json, Model, Verdict
     from reconciler.pg import Connection
 
 
@@ -22,6 +22,8 @@ class CheckKind(ABC):
 
     name: ClassVar[str]
     section: ClassVar[str]
+    order: ClassVar[int]
+    """Position among the sorts of checks when an apply judges."""
 
     @abstractmethod
     def form(self, data: Json) -> tuple[type[Model] | None, str]:
@@ -41,12 +43,16 @@ class CheckKind(ABC):
     def load(self, spec: Json) -> Model:
         """A resolved spec from JSON types."""
 
+    def remember(self, conn: Connection, check: Check, asked: Asked) -> Json:
+        """At BEGIN of an apply, under the locks: what `run` must compare with just before COMMIT. Reads only."""
+        return None
+
     @abstractmethod
-    def run(self, conn: Connection, check: Check, allow_functions: Sequence[str]) -> Verdict:
-        """Judge, reading only. `allow_functions`: the installed policy's. What the role may not see is no error."""
+    def run(self, conn: Connection, check: Check, asked: Asked) -> Verdict:
+        """Judge; only a proof may write, inside a savepoint. What the role may not see is no error but a verdict."""
 
 
 def checks() -> dict[str, CheckKind]:
-    """Every sort of check, by name."""
-    found: dict[str, Any] = discover(__name__, list(__path__), "CHECK")
-    return found
+    """Every sort of check, by name, in the order in which an apply judges."""
+    found: dict[str, CheckKind] = discover(__name__, list(__path__), "CHECK")
+    return dict(sorted(found.items(), key=lambda item: item[1].order))

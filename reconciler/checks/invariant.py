@@ -5,116 +5,52 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, LiteralString
 
 from psycopg import sql
-from pydantic import Field, model_validator
 
-from reconciler import pg
+from reconciler import definitions, pg, transitions
 from reconciler.allowlist import check_query
 from reconciler.checks import CheckKind
-from reconciler.model import Check, Declared, GateStore, Json, Model, Verdict, canonical
-from reconciler.parts import QUERY_TIMEOUT_MS, Complaint, Context, identifier, raw, single_value, unreadable
+from reconciler.checks.forms import (
+    FORMS,
+    MAX_ROWS,
+    AttestInvariant,
+    Exactly,
+    ExtensionsInvariant,
+    Forbidden,
+    ForbidInvariant,
+    GateInvariant,
+    GateInvariantSpec,
+    PinInvariant,
+    PinInvariantSpec,
+    Pinned,
+    QueryInvariant,
+    UntouchedInvariant,
+)
+from reconciler.model import Asked, Check, Declared, Json, Model, Verdict, canonical, glob_regex
+from reconciler.parts import (
+    QUERY_TIMEOUT_MS,
+    Complaint,
+    Context,
+    identifier,
+    raw,
+    relation,
+    schema_and_pattern,
+    single_value,
+    unreadable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-MAX_ROWS = 100_000
-
-# Relations whose rows or columns are hidden, without an error, from a role that lacks the privilege (DESIGN rule 16).
-HIDING = {
-    "pg_catalog.pg_settings": "pg_read_all_settings",
-    "pg_catalog.pg_stat_activity": "pg_read_all_stats",
-    "pg_catalog.pg_stat_gssapi": "pg_read_all_stats",
-    "pg_catalog.pg_stat_replication": "pg_read_all_stats",
-    "pg_catalog.pg_stat_ssl": "pg_read_all_stats",
-    "pg_catalog.pg_stat_subscription": "pg_read_all_stats",
-    "pg_catalog.pg_stat_wal_receiver": "pg_read_all_stats",
-}
-
-
-class Forbidden(Model):
-    """Things of which none may exist. `relation`: in any schema. `preload`: in a *_preload_libraries setting."""
-
-    extension: str | None = None
-    schema_name: str | None = Field(default=None, alias="schema")
-    preload: str | None = None
-    relation: str | None = None
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Forbidden:
-        if not any((self.extension, self.schema_name, self.preload, self.relation)):
-            raise ValueError("name at least one of extension, schema, preload, relation")
-        return self
-
-
-class ForbidInvariant(Model):
-    """`forbid: {...}`."""
-
-    forbid: Forbidden
-    reason: str = ""
-
-
-class Exactly(Model):
-    """A set of names, neither more nor fewer."""
-
-    exactly: tuple[str, ...]
-
-
-class ExtensionsInvariant(Model):
-    """`extensions: {exactly: [...]}`."""
-
-    extensions: Exactly
-    reason: str = ""
-
-
-class GateInvariant(Model):
-    """`gate: KEY, equals: "text"`."""
-
-    gate: str
-    equals: str
-    store: str | None = None
-    reason: str = ""
-
-
-class GateInvariantSpec(Model):
-    """The gate and where its row lives. `declared`: the value the files want, which an absent row will get."""
-
-    gate: str
-    equals: str
-    store: GateStore
-    declared: str | None
-    reason: str = ""
-
-
-class QueryInvariant(Model):
-    """`query: SELECT ...` with `rows: N` or `equals: "text"` (one row, one column)."""
-
-    query: str
-    rows: int | None = Field(default=None, ge=0, le=MAX_ROWS)
-    equals: str | None = None
-    reason: str = ""
-
-    @model_validator(mode="after")
-    def _one_expectation(self) -> QueryInvariant:
-        if (self.rows is None) == (self.equals is None):
-            raise ValueError("write exactly one of `rows` and `equals`")
-        return self
-
-
-FORMS: dict[str, type[Model]] = {
-    "forbid": ForbidInvariant,
-    "extensions": ExtensionsInvariant,
-    "gate": GateInvariant,
-    "query": QueryInvariant,
-}
-
 
 class Invariant(CheckKind):
-    """Judges invariants on the state that the transaction sees."""
+    """Judges invariants on the state that the transaction sees, and on what the apply did to it."""
 
     name = "invariant"
     section = "invariants"
+    order = 10
 
     def forms(self) -> Sequence[type[Model]]:
-        """The four forms."""
+        """Every form."""
         return tuple(FORMS.values())
 
     def form(self, data: Json) -> tuple[type[Model] | None, str]:
@@ -127,46 +63,119 @@ class Invariant(CheckKind):
     def declare(
         self, name: str, declaration: Model, context: Context, items: Mapping[str, Declared]
     ) -> tuple[Model | None, list[Complaint]]:
-        """Find the gate's store; hold the query against the allowlist."""
+        """Find the gate's store and the pin's lines; hold queries against the allowlist."""
         if isinstance(declaration, QueryInvariant):
-            report = check_query(declaration.query, context.policy.allow_functions)
-            problems = [Complaint(("query",), trouble.message) for trouble in report.troubles]
+            problems = _refused(declaration.query, ("query",), context)
             return (None if problems else declaration), problems
-        if not isinstance(declaration, GateInvariant):
-            return declaration, []
-        stores = context.stores
-        name = declaration.store or (next(iter(stores)) if len(stores) == 1 else "")
-        if name not in stores:
-            known = ", ".join(sorted(stores)) or "none is declared"
-            return None, [Complaint(("gate",), f"`store` must name one of governance.gate_stores: {known}")]
-        item = items.get(f"gate.{declaration.gate}")
-        value = item.spec.dump()["value"] if item is not None else None
-        spec = GateInvariantSpec(
-            gate=declaration.gate,
-            equals=declaration.equals,
-            store=stores[name],
-            declared=value,
-            reason=declaration.reason,
-        )
-        return spec, []
+        if isinstance(declaration, AttestInvariant) and declaration.proxy is not None:
+            problems = _refused(declaration.proxy.query, ("proxy", "query"), context)
+            return (None if problems else declaration), problems
+        if isinstance(declaration, UntouchedInvariant):
+            problems = [
+                Complaint(("untouched", index), message)
+                for index, text in enumerate(declaration.untouched)
+                if (message := _no_relation(text))
+            ]
+            return (None if problems else declaration), problems
+        if isinstance(declaration, PinInvariant):
+            return _pin_spec(name, declaration, context)
+        if isinstance(declaration, GateInvariant):
+            return _gate_spec(declaration, context, items)
+        return declaration, []
 
     def load(self, spec: Json) -> Model:
         """The form is told by its key, as in the files."""
-        form = GateInvariantSpec if "gate" in spec else next(FORMS[key] for key in FORMS if key in spec)
+        resolved: dict[str, type[Model]] = {"gate": GateInvariantSpec, "pin": PinInvariantSpec}
+        form = next(resolved.get(key, FORMS[key]) for key in FORMS if key in spec)
         return form.model_validate_json(canonical(spec))
 
-    def run(self, conn: pg.Connection, check: Check, allow_functions: Sequence[str]) -> Verdict:
-        """Judge one invariant."""
+    def remember(self, conn: pg.Connection, check: Check, asked: Asked) -> Json:
+        """For transitions: the row's transaction id, the relations and our own write counters, the proxy's answer."""
         spec = check.spec
-        if isinstance(spec, ForbidInvariant):
-            return _forbid(conn, check.address, spec.forbid)
-        if isinstance(spec, ExtensionsInvariant):
-            return _extensions(conn, check.address, spec.extensions)
-        if isinstance(spec, GateInvariantSpec):
-            return _gate(conn, check.address, spec)
-        if isinstance(spec, QueryInvariant):
-            return _query(conn, check.address, spec, allow_functions)
-        raise TypeError(spec)
+        if (
+            isinstance(spec, GateInvariantSpec)
+            and spec.row is not None
+            and unreadable(conn, [spec.store.table]) is None
+        ):
+            return {"xmin": _gate_row(conn, check.address, spec)[1]}
+        if isinstance(spec, UntouchedInvariant):
+            return {"relations": transitions.family(conn, spec.untouched)}
+        query = _watched(spec)
+        if query is not None and _obstacle(conn, query, asked.allow_functions) is None:
+            return {"answer": _fingerprint(conn, query, check.address)}
+        return None
+
+    def run(self, conn: pg.Connection, check: Check, asked: Asked) -> Verdict:
+        """Judge one invariant."""
+        group: str = getattr(check.spec, "group", "")
+        return self._judge(conn, check, asked).model_copy(update={"group": group})
+
+    def _judge(self, conn: pg.Connection, check: Check, asked: Asked) -> Verdict:  # noqa: PLR0911 - one per form
+        spec, address = check.spec, check.address
+        match spec:
+            case ForbidInvariant():
+                return _forbid(conn, address, spec.forbid)
+            case ExtensionsInvariant():
+                return _extensions(conn, address, spec.extensions)
+            case GateInvariantSpec():
+                return _gate(conn, address, spec, asked)
+            case QueryInvariant():
+                return _query(conn, address, spec, asked)
+            case UntouchedInvariant():
+                return _untouched(conn, address, asked)
+            case PinInvariantSpec():
+                return _pin(conn, address, spec)
+            case AttestInvariant():
+                return _attest(conn, check, spec, asked)
+            case _:
+                raise TypeError(spec)
+
+
+def _refused(query: str, path: tuple[str | int, ...], context: Context) -> list[Complaint]:
+    report = check_query(query, context.policy.allow_functions)
+    return [Complaint(path, trouble.message) for trouble in report.troubles]
+
+
+def _no_relation(text: str) -> str:
+    try:
+        relation(text)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _gate_spec(
+    declaration: GateInvariant, context: Context, items: Mapping[str, Declared]
+) -> tuple[Model | None, list[Complaint]]:
+    stores = context.stores
+    name = declaration.store or (next(iter(stores)) if len(stores) == 1 else "")
+    if name not in stores:
+        known = ", ".join(sorted(stores)) or "none is declared"
+        return None, [Complaint(("gate",), f"`store` must name one of governance.gate_stores: {known}")]
+    item = items.get(f"gate.{declaration.gate}")
+    spec = GateInvariantSpec(
+        gate=declaration.gate,
+        equals=declaration.equals,
+        row=declaration.row,
+        store=stores[name],
+        declared=item.spec.dump()["value"] if item is not None else None,
+        reason=declaration.reason,
+        group=declaration.group,
+    )
+    return spec, []
+
+
+def _pin_spec(name: str, declaration: PinInvariant, context: Context) -> tuple[Model | None, list[Complaint]]:
+    stored = context.pins.get(name)
+    if context.capturing:
+        return PinInvariantSpec(pin=declaration.pin, lines=(), reason=declaration.reason, group=declaration.group), []
+    if stored is None:
+        return None, [Complaint(("pin",), "nothing is captured for it: run `reconciler pin` and review pins.yaml")]
+    if stored.pin != declaration.pin.named():
+        return None, [Complaint(("pin",), "pins.yaml captured something else: run `reconciler pin` and review it")]
+    return PinInvariantSpec(
+        pin=declaration.pin, lines=stored.lines, reason=declaration.reason, group=declaration.group
+    ), []
 
 
 def _verdict(address: str, held: bool, detail: str) -> Verdict:
@@ -175,11 +184,6 @@ def _verdict(address: str, held: bool, detail: str) -> Verdict:
 
 def _not_judged(address: str, missing: str, detail: str) -> Verdict:
     return Verdict(address=address, status="not_judged", detail=detail, missing=missing)
-
-
-def _may(conn: pg.Connection, role: str) -> bool:
-    query = "SELECT pg_catalog.pg_has_role(current_user, %s::pg_catalog.name, 'USAGE') AS may"
-    return pg.rows(conn, query, (role,))[0]["may"]
 
 
 _RELATIONS: LiteralString = """
@@ -231,24 +235,109 @@ def _extensions(conn: pg.Connection, address: str, wanted: Exactly) -> Verdict:
     return _verdict(address, not differences, "; ".join(differences) or f"exactly {', '.join(sorted(live))}")
 
 
-def _gate(conn: pg.Connection, address: str, spec: GateInvariantSpec) -> Verdict:
+def _gate(conn: pg.Connection, address: str, spec: GateInvariantSpec, asked: Asked) -> Verdict:
     if missing := unreadable(conn, [spec.store.table]):
         return _not_judged(address, *missing)
-    query = sql.SQL("SELECT {}::pg_catalog.text AS value FROM {} WHERE {}::pg_catalog.text = %s").format(
-        sql.Identifier(spec.store.value), identifier(spec.store.table), sql.Identifier(spec.store.key)
-    )
-    found = pg.rows(conn, query, (spec.gate,), doing=f"judging {address}")
-    if not found:
-        will = spec.declared == spec.equals
+    value, xmin = _gate_row(conn, address, spec)
+    if xmin is None:
+        will = spec.declared == spec.equals and not asked.inside
         return _verdict(address, will, f"{spec.gate} is absent" + (" and declared with this value" if will else ""))
-    value = found[0]["value"]
-    detail = f"{spec.gate} is {value!r}" + ("" if value == spec.equals else f", must be {spec.equals!r}")
-    return _verdict(address, value == spec.equals, detail)
+    if value != spec.equals:
+        return _verdict(address, False, f"{spec.gate} is {value!r}, must be {spec.equals!r}")
+    if spec.row is not None and asked.inside and asked.memo["xmin"] not in {None, xmin}:
+        return _verdict(address, False, f"{spec.gate} is {value!r}, but its row was written during the apply")
+    return _verdict(
+        address, True, f"{spec.gate} is {value!r}" + (", row untouched" if spec.row and asked.inside else "")
+    )
 
 
-def _query(conn: pg.Connection, address: str, spec: QueryInvariant, allow_functions: Sequence[str]) -> Verdict:
-    if missing := _obstacle(conn, spec, allow_functions):
+def _gate_row(conn: pg.Connection, address: str, spec: GateInvariantSpec) -> tuple[str | None, str | None]:
+    """Value and transaction id of the row; (None, None) when there is none."""
+    query = sql.SQL(
+        "SELECT {}::pg_catalog.text AS value, xmin::pg_catalog.text AS xmin FROM {} WHERE {}::pg_catalog.text = %s"
+    ).format(sql.Identifier(spec.store.value), identifier(spec.store.table), sql.Identifier(spec.store.key))
+    found = pg.rows(conn, query, (spec.gate,), doing=f"judging {address}")
+    return (found[0]["value"], found[0]["xmin"]) if found else (None, None)
+
+
+def _later(address: str) -> Verdict:
+    return Verdict(address=address, status="deferred", detail="judged inside the apply, just before COMMIT")
+
+
+def _untouched(conn: pg.Connection, address: str, asked: Asked) -> Verdict:
+    if not asked.inside:
+        return _later(address)
+    remembered: dict[str, Json] = asked.memo["relations"]
+    if remembered["missing"]:
+        missing = f"relation {remembered['missing'][0]}"
+        return _not_judged(address, missing, f"there is no {missing}")
+    touched = transitions.touched(conn, remembered["found"])
+    return _verdict(address, not touched, "; ".join(touched) or "no lock that could write, or opened and not written")
+
+
+def _pin(conn: pg.Connection, address: str, spec: PinInvariantSpec) -> Verdict:
+    lines = captured(conn, spec.pin)
+    gone, new = [line for line in spec.lines if line not in lines], [line for line in lines if line not in spec.lines]
+    if not gone and not new and list(spec.lines) != lines:
+        return _verdict(address, False, "the same facts in another order")
+    moved = [f"- {line}" for line in gone[:3]] + [f"+ {line}" for line in new[:3]]
+    more = f" and {len(gone) + len(new) - len(moved)} more" if len(gone) + len(new) > len(moved) else ""
+    return _verdict(address, not moved, "; ".join(moved) + more if moved else f"{len(lines)} facts as pinned")
+
+
+def captured(conn: pg.Connection, pin: Pinned) -> list[str]:
+    """The lines of what is pinned, as it is now; a table that is not there is a line that says so."""
+    if pin.functions is not None:
+        schema, pattern = schema_and_pattern(pin.functions)
+        return definitions.of_functions(conn, schema, glob_regex(pattern))
+    tables = pin.every_table()
+    found = {name: definitions.of_table(conn, name) or ["no such relation"] for name in tables}
+    return [f"{name}: {line}" if len(tables) > 1 else line for name in tables for line in found[name]]
+
+
+def _attest(conn: pg.Connection, check: Check, spec: AttestInvariant, asked: Asked) -> Verdict:
+    """A person's word; its proxy can only refute it."""
+    if not asked.inside:
+        detail = f"to be signed for with --attest {check.name}: {spec.attest}"
+        return Verdict(address=check.address, status="deferred", detail=detail, missing="attestation")
+    if check.name not in asked.attested:
+        return _not_judged(check.address, "attestation", f"nobody signed for it: {spec.attest}")
+    if spec.proxy is not None:
+        if missing := _obstacle(conn, spec.proxy.query, asked.allow_functions):
+            return _not_judged(check.address, *missing)
+        if asked.memo is None or _fingerprint(conn, spec.proxy.query, check.address) != asked.memo["answer"]:
+            return _verdict(check.address, False, "attested, but what its proxy query sees changed during the apply")
+    proxy = "; its proxy query is unchanged" if spec.proxy else ""
+    return Verdict(address=check.address, status="attested", detail=f"{spec.attest}{proxy}")
+
+
+def _fingerprint(conn: pg.Connection, query: str, address: str) -> str:
+    """Number and order-free digest of the rows, computed by the server."""
+    text = sql.SQL(
+        "SELECT pg_catalog.count(*) || ':' || coalesce(pg_catalog.sum("
+        "pg_catalog.hashtextextended(q::pg_catalog.text, 0)::pg_catalog.numeric), 0) AS answer FROM ({}\n) AS q"
+    ).format(raw(query))
+    pg.timeout(conn, QUERY_TIMEOUT_MS)
+    return pg.rows(conn, text, doing=f"judging {address}")[0]["answer"]
+
+
+def _watched(spec: Model) -> str | None:
+    """The query whose answer an apply must leave as it is."""
+    if isinstance(spec, QueryInvariant) and spec.unchanged:
+        return spec.query
+    return spec.proxy.query if isinstance(spec, AttestInvariant) and spec.proxy is not None else None
+
+
+def _query(  # noqa: PLR0911 - one per way to be judged
+    conn: pg.Connection, address: str, spec: QueryInvariant, asked: Asked
+) -> Verdict:
+    if missing := _obstacle(conn, spec.query, asked.allow_functions):
         return _not_judged(address, *missing)
+    if spec.unchanged:
+        if not asked.inside:
+            return _later(address)
+        same = asked.memo is not None and asked.memo["answer"] == _fingerprint(conn, spec.query, address)
+        return _verdict(address, same, "same answer as at BEGIN" if same else "the answer changed during the apply")
     pg.timeout(conn, QUERY_TIMEOUT_MS)
     doing = f"judging {address}"
     if spec.rows is not None:
@@ -266,16 +355,12 @@ def _query(conn: pg.Connection, address: str, spec: QueryInvariant, allow_functi
     return _verdict(address, False, "another value than declared")
 
 
-def _obstacle(conn: pg.Connection, spec: QueryInvariant, allow_functions: Sequence[str]) -> tuple[str, str] | None:
+def _obstacle(conn: pg.Connection, query: str, allow_functions: Sequence[str]) -> tuple[str, str] | None:
     """What keeps this query from being judged by this role under the installed policy: (what is missing, sentence)."""
     # Again and with the installed policy: a file may allow itself whatever it likes (DESIGN rule 3).
-    report = check_query(spec.query, allow_functions)
+    report = check_query(query, allow_functions)
     if report.troubles:
         return "allow_functions", f"the installed policy does not allow it: {report.troubles[0].message}"
-    for name in report.relations:
-        role = HIDING.get(name)
-        if role is not None and not _may(conn, role):
-            return role, f"{name} hides rows or columns from this role; GRANT {role} to it"
     return unreadable(conn, report.relations)
 
 

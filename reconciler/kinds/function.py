@@ -182,9 +182,6 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
                 fact["missing_roles"] = absent
             fact |= _defaults_of(spec, leaks)
             facts[item.address] = fact
-            if isinstance(item.rules, FunctionRules) and item.rules.gates:
-                message = f"no proof exercises its gates {', '.join(item.rules.gates)}"
-                findings.append(Finding(code="unproven", address=item.address, message=message))
         return Reading(items, facts, findings)
 
     def decide(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from reconciler.drift import DriftReport
+    from reconciler.evidence import Evidence
     from reconciler.model import (
         Approval,
         Change,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         Target,
         Verdict,
     )
+    from reconciler.prove import ProofReport
 
 COLOURS = {"+": "32", "~": "33", "-": "31", "!": "1;31", ".": "36", "-/+": "31", "?": "1;31"}
 MEANING = {
@@ -56,12 +58,12 @@ def plan(found: Plan, *, colour: bool, verbose: bool) -> str:
         page.line("", "Changes:")
         for change in found.changes:
             _change(page, change)
-    _verdicts(page, found.invariants, verbose=verbose)
+    _verdicts(page, found.checks, verbose=verbose)
     _findings(page, found.findings)
     _not_compared(page, found.not_compared, verbose=verbose)
     page.legend()
     page.line("", plan_line(found))
-    page.line(checks_line(found.invariants))
+    page.line(checks_line(found.invariants, found.proofs, found.surface))
     if found.has_changes:
         if found.hazards:
             page.line(f"Hazards to accept: {', '.join(found.hazards)}.")
@@ -76,12 +78,26 @@ def plan_line(found: Plan) -> str:
     return f"Plan: {_numbers(found.summary, 'to add', 'to change', 'to remove', 'to forget')}."
 
 
-def checks_line(verdicts: Sequence[Verdict]) -> str:
-    """The line that counts verdicts."""
-    counts = {status: sum(v.status == status for v in verdicts) for status in ("held", "violated", "not_judged")}
+def checks_line(invariants: Sequence[Verdict], proofs: Sequence[Verdict] = (), surface: Sequence[Verdict] = ()) -> str:
+    """The line that counts verdicts. What is judged later is said, never counted as done."""
+
+    def of(verdicts: Sequence[Verdict], status: str) -> int:
+        return sum(verdict.status == status for verdict in verdicts)
+
+    later = of(invariants, "deferred")
+    failed, waiting = of(proofs, "failed"), of(proofs, "deferred")
     return (
-        f"Invariants: {counts['held']} held, {counts['violated']} violated, 0 attested,"
-        f" {counts['not_judged']} not judged. Proofs: 0 passed, 0 rehearsed. Surface: 0 of 0 as predicted."
+        f"Invariants: {of(invariants, 'held')} held, {of(invariants, 'violated')} violated,"
+        f" {of(invariants, 'attested')} attested, {of(invariants, 'not_judged')} not judged"
+        + (f", {later} judged in apply" if later else "")
+        + f". Proofs: {of(proofs, 'passed')} passed, {of(proofs, 'rehearsed')} rehearsed"
+        + (f", {failed} failed" if failed else "")
+        + (f", {waiting} not run" if waiting else "")
+        + (
+            f". Surface: {len(surface)} rows compared in apply."
+            if of(surface, "deferred")
+            else f". Surface: {of(surface, 'predicted')} of {len(surface)} as predicted."
+        )
     )
 
 
@@ -108,27 +124,92 @@ def drift(found: DriftReport, *, colour: bool, verbose: bool) -> str:
     _not_compared(page, found.not_compared, verbose=verbose)
     page.legend()
     page.line("")
-    if found.drift:
-        page.line(f"Drift: {_count(len(found.drift), 'object')} changed, {len(found.pending)} pending.")
-    else:
-        page.line(f"No drift at {found.checked_at}. {len(found.pending)} pending.")
-    page.line(checks_line(found.invariants))
+    page.line(*drift_lines(found))
     return page.text()
+
+
+def drift_lines(found: DriftReport) -> tuple[str, str]:
+    """The two lines that sum a drift report up."""
+    moved = (
+        f"Drift: {count(len(found.drift), 'object')} changed," if found.drift else f"No drift at {found.checked_at}."
+    )
+    checks = checks_line(found.invariants, found.proofs, found.surface)
+    return f"{moved} {len(found.pending)} pending.", checks
 
 
 def outcome(found: Outcome, *, colour: bool) -> str:
     """What an apply did."""
     page = _Page(colour)
-    page.line(f"Apply complete! {_numbers(found.summary, 'added', 'changed', 'removed', 'forgotten')}.")
-    page.line(checks_line(found.invariants))
+    _done(page, found)
+    return page.text()
+
+
+def apply_line(found: Summary) -> str:
+    """The sentence after COMMIT, `Apply complete! 10 added, 1 changed, 0 removed.`; other programs look for it."""
+    return f"Apply complete! {_numbers(found, 'added', 'changed', 'removed', 'forgotten')}."
+
+
+def _done(page: _Page, found: Outcome) -> None:
+    page.line(apply_line(found.summary))
+    page.line(checks_line(found.invariants, found.proofs, found.surface))
     page.line(f"Ledger entry {found.entry}, {found.hash}")
-    page.line(f"{_count(found.statements, 'statement')} in transaction {found.transaction_id}, {found.seconds:.2f} s")
+    page.line(f"{count(found.statements, 'statement')} in transaction {found.transaction_id}, {found.seconds:.2f} s")
     if found.genesis:
         page.line(f"This is the first entry: write `ledger: {found.hash}` below targets.{found.target.name}.")
     if found.problems:
         page.line(f"Applied, but: {found.problems[0]}")
         for problem in found.problems[1:]:
             page.line(f"             {problem}")
+
+
+def evidence(found: Evidence, *, colour: bool, verbose: bool) -> str:
+    """The evidence of a run; verbose shows every verdict and every statement's time."""
+    page = _Page(colour)
+    page.line(f"{found.state.name} {found.state.release} -> {_target(found.target)}")
+    page.line(f"Run {found.run_id}, {found.started_at or 'not begun'} to {found.finished_at or 'not known'}")
+    for yes in found.approvals:
+        page.line(f"Approved by {yes.approver}: {yes.reason}")
+        if yes.attestations:
+            page.line(f"  attests {', '.join(yes.attestations)}")
+    if verbose:
+        page.line("", "Statements:")
+        for statement in found.executed:
+            role = f"  -- as {statement.role}" if statement.role else ""
+            page.line(f"    {statement.seconds * 1000:8.1f} ms  {statement.address}{role}")
+        page.line("", "Stages:")
+        for stage in found.stages:
+            page.line(f"    {stage.seconds:8.3f} s   {stage.name}")
+    _verdicts(page, found.checks, verbose=verbose)
+    _findings(page, found.findings)
+    _not_compared(page, found.not_compared, verbose=verbose)
+    page.legend()
+    page.line("")
+    if found.outcome == "applied":
+        _done(page, found)
+        return page.text()
+    fate = (
+        "Outcome unknown: nobody can say whether it was committed."
+        if found.outcome == "unknown"
+        else "Not applied: nothing was changed."
+    )
+    page.line(f"{fate} {len(found.executed)} of {count(found.statements, 'statement')} ran.", colour=COLOURS["!"])
+    if found.failure is not None:
+        page.line(f"Error: {found.failure.message}", *(f"  {detail}" for detail in found.failure.details))
+    page.line(checks_line(found.invariants, found.proofs, found.surface))
+    return page.text()
+
+
+def proofs(found: ProofReport, *, colour: bool) -> str:
+    """A line for each proof, and the line that counts them."""
+    page = _Page(colour)
+    page.line(_target(found.target))
+    for verdict in found.proofs:
+        symbol = "!" if verdict.status in {"failed", "not_judged"} else ""
+        page.line(f"  {symbol or ' '} {verdict.address}: {verdict.status}: {verdict.detail}", symbol=symbol)
+    numbers = Counter(verdict.status for verdict in found.proofs)
+    words = ("passed", "rehearsed", "failed", "not_judged", "deferred")
+    told = ", ".join(f"{numbers[word]} {word.replace('_', ' ')}" for word in words if numbers[word] or word == "passed")
+    page.line("", f"Proofs: {told}; {found.seconds:.2f} s. Everything was rolled back.")
     return page.text()
 
 
@@ -199,7 +280,8 @@ def _target(target: Target) -> str:
     return f"{target.name} (database {target.database}, PostgreSQL {target.server_version})"
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """`1 statement`, `2 statements`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -208,15 +290,16 @@ def _numbers(summary: Summary, add: str, change: str, remove: str, forget: str) 
     return f"{text}, {summary.forget} {forget}" if summary.forget else text
 
 
-def _symbol(actions: Sequence[str]) -> str:
+def symbol(actions: Sequence[str]) -> str:
+    """Terraform's symbol of an action."""
     if list(actions) == ["remove", "add"]:
         return "-/+"
     return {"add": "+", "change": "~", "remove": "-", "forget": "."}[actions[0]]
 
 
 def _change(page: _Page, change: Change) -> None:
-    symbol = _symbol(change.actions)
-    page.line(f"  {symbol} {change.address}  ({change.reason})", symbol=symbol)
+    sign = symbol(change.actions)
+    page.line(f"  {sign} {change.address}  ({change.reason})", symbol=sign)
     if change.hazards:
         page.line(f"      hazards: {', '.join(change.hazards)}")
     for field in change.fields:
@@ -230,8 +313,8 @@ def _change(page: _Page, change: Change) -> None:
 
 
 def _moved(page: _Page, item: Drift) -> None:
-    symbol = _symbol(item.actions)
-    page.line(f"  {symbol} {item.address}  ({item.reason})", symbol=symbol)
+    sign = symbol(item.actions)
+    page.line(f"  {sign} {item.address}  ({item.reason})", symbol=sign)
     for field in item.fields:
         _field(page, field)
 
@@ -260,11 +343,12 @@ def _value(value: Json) -> str:
 
 
 def _verdicts(page: _Page, verdicts: Sequence[Verdict], *, verbose: bool) -> None:
-    shown = [verdict for verdict in verdicts if verbose or verdict.status != "held"]
+    quiet = {"held", "passed", "predicted", "deferred"}
+    shown = [verdict for verdict in verdicts if verbose or verdict.status not in quiet or verdict.missing]
     if shown:
-        page.line("", "Invariants:")
+        page.line("", "Checks:")
     for verdict in shown:
-        symbol = "" if verdict.status == "held" else "!"
+        symbol = "!" if verdict.status in {"violated", "not_judged", "failed", "differs"} else ""
         page.line(f"  {symbol or ' '} {verdict.address}: {verdict.status}: {verdict.detail}", symbol=symbol)
 
 

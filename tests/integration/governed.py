@@ -178,7 +178,14 @@ class Governed:
             fail_on=frozenset[str](),
         )
 
-    def approve(self, plan: Plan, *, approver: str = "ana", accepted: Sequence[str] | None = None) -> Approval:
+    def approve(
+        self,
+        plan: Plan,
+        *,
+        approver: str = "operator",
+        accepted: Sequence[str] | None = None,
+        attested: Sequence[str] = (),
+    ) -> Approval:
         """A yes to the plan with all its hazards."""
         return approving.approve(
             plan,
@@ -186,6 +193,7 @@ class Governed:
             approver=approver,
             reason="a test",
             accepted=plan.hazards if accepted is None else accepted,
+            attested=attested,
             expires=None,
             now=datetime.now(UTC),
         )

@@ -44,7 +44,7 @@ def test_everything_is_read_and_keeps_its_place(tmp_path: Path) -> None:
         "gate.app.phase",
         "marker.worker",
     ]
-    assert list(found.checks) == ["invariant.no-blank", "invariant.no-cron"]
+    assert list(found.checks) == ["invariant.no-blank", "invariant.no-cron", "proof.refuses"]
     assert (found.name, found.release, found.target, found.database, found.ledger) == (
         "app",
         "first",
@@ -250,7 +250,7 @@ FORM = "an invariant has exactly one of the keys forbid, extensions, gate, query
         (
             "functions.yaml",
             "[app.enabled]",
-            "[app.limit, ▶app.enbled]",
+            "[app.enabled, ▶app.enbled]",
             "gate 'app.enbled' is not declared; did you mean 'app.enabled'?",
         ),
         ("functions.yaml", "[app.enabled]", "[▶other]", "gate 'other' is not declared"),

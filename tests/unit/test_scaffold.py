@@ -20,6 +20,7 @@ NAMES = [
     "governance.yaml",
     "invariants.yaml",
     "markers.yaml",
+    "proofs.yaml",
 ]
 
 
@@ -145,4 +146,4 @@ def test_every_yaml_file_reads_without_a_problem(tmp_path: Path) -> None:
             sections += list(document.data)
             problems += found
         assert problems == []
-    assert sorted(sections) == ["functions", "gates", "governance", "invariants", "markers"]
+    assert sorted(sections) == ["functions", "gates", "governance", "invariants", "markers", "proofs"]

@@ -1,0 +1,191 @@
+"""What `pin` invariants compare: the definition of a table or of functions as lines, a fact each, from one transaction.
+
+A line is made only of what the object is, never of an oid, so that the same definition gives the same lines in any
+database and on any supported major.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, LiteralString
+
+from reconciler import pg
+from reconciler.parts import relation
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from reconciler.pg import Connection
+
+
+def of_table(conn: Connection, name: str) -> list[str] | None:
+    """Every fact of a table: columns, constraints with validity, indexes, triggers with state and the bodies of their
+    functions, rules, policies, owner, grants. None when there is no such relation.
+    """
+    schema, relname = relation(name)
+    found = pg.rows(conn, _TABLE, (schema, relname), doing=f"reading the definition of {name}")
+    if not found:
+        return None
+    table = found[0]
+    traits = (
+        f"{_KINDS[table['relkind']]} owner {table['owner']}",
+        "unlogged" if table["relpersistence"] == "u" else "",
+        "row security" if table["relrowsecurity"] else "",
+        "forced" if table["relforcerowsecurity"] else "",
+        f"replica identity {table['relreplident']}",
+    )
+    lines = [", ".join(trait for trait in traits if trait)]
+    queries: tuple[LiteralString, ...] = (_COLUMNS, _CONSTRAINTS, _INDEXES, _REST)
+    for query in queries:
+        rows = pg.rows(conn, query, {"oid": table["oid"]}, doing=f"reading the definition of {name}")
+        lines += [row["line"] for row in rows]
+    triggers = pg.rows(conn, _TRIGGERS, {"oid": table["oid"]}, doing=f"reading the triggers of {name}")
+    return [*lines, *(_trigger(row) for row in triggers)]
+
+
+def of_functions(conn: Connection, schema: str, pattern: str) -> list[str]:
+    """A line for each function or procedure of a schema whose name matches the regular expression, sorted by identity.
+
+    It names every attribute; the body stands as its SHA-256.
+    """
+    rows = pg.rows(conn, _FUNCTIONS, (schema, pattern), doing=f"reading functions of {schema}")
+    return [f"function {row['identity']} {_function(row)}" for row in rows]
+
+
+def _function(row: Mapping[str, Any]) -> str:
+    return f"{row['attributes']} body sha256:{hashlib.sha256(row['body'].encode()).hexdigest()}"
+
+
+def _trigger(row: Mapping[str, Any]) -> str:
+    return f"trigger {row['state']} {row['definition']} calls {row['identity']} {_function(row)}"
+
+
+_KINDS = {"r": "table", "p": "partitioned table", "v": "view", "m": "materialized view", "f": "foreign table"}
+
+_TABLE = """
+SELECT c.oid::pg_catalog.int8 AS oid, c.relkind::pg_catalog.text AS relkind,
+       c.relpersistence::pg_catalog.text AS relpersistence,
+       c.relrowsecurity, c.relforcerowsecurity, c.relreplident::pg_catalog.text AS relreplident,
+       pg_catalog.pg_get_userbyid(c.relowner)::pg_catalog.text AS owner
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+"""
+
+_COLUMNS = """
+SELECT pg_catalog.concat_ws(' ', 'column', pg_catalog.quote_ident(a.attname),
+           pg_catalog.format_type(a.atttypid, a.atttypmod),
+           CASE WHEN a.attcollation <> t.typcollation THEN 'collate ' || (SELECT pg_catalog.quote_ident(l.collname)
+                FROM pg_catalog.pg_collation l WHERE l.oid = a.attcollation) END,
+           CASE WHEN a.attnotnull THEN 'not null' END,
+           CASE a.attidentity WHEN 'a' THEN 'identity always' WHEN 'd' THEN 'identity by default' END,
+           CASE a.attgenerated WHEN '' THEN 'default' ELSE 'generated' END || ' '
+               || pg_catalog.pg_get_expr(d.adbin, d.adrelid),
+           (SELECT 'grants ' || pg_catalog.string_agg(g.line, ', ' ORDER BY g.line)
+              FROM (SELECT coalesce(r.rolname, 'PUBLIC') || ':' || x.privilege_type
+                           || CASE WHEN x.is_grantable THEN '*' ELSE '' END AS line
+                      FROM pg_catalog.aclexplode(a.attacl) x LEFT JOIN pg_catalog.pg_roles r ON r.oid = x.grantee) g)
+       ) AS line
+  FROM pg_catalog.pg_attribute a
+  JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+  LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+ WHERE a.attrelid = %(oid)s AND a.attnum > 0 AND NOT a.attisdropped
+ ORDER BY a.attnum
+"""
+
+# NOT NULL is a constraint of its own since 18 and a property of the column before: it stands with the column.
+_CONSTRAINTS = """
+SELECT 'constraint ' || pg_catalog.quote_ident(k.conname) || ' ' || pg_catalog.pg_get_constraintdef(k.oid)
+       || CASE WHEN k.convalidated THEN '' ELSE ' (not validated)' END
+       || CASE WHEN k.condeferrable THEN ' (deferrable)' ELSE '' END
+       || CASE WHEN k.connoinherit AND k.contype = 'c' THEN ' (no inherit)' ELSE '' END AS line
+  FROM pg_catalog.pg_constraint k
+ WHERE k.conrelid = %(oid)s AND k.contype IN ('c', 'f', 'p', 'u', 'x')
+ ORDER BY k.conname
+"""
+
+_INDEXES = """
+SELECT 'index ' || pg_catalog.pg_get_indexdef(i.indexrelid)
+       || CASE WHEN i.indisvalid THEN '' ELSE ' (invalid)' END
+       || CASE WHEN i.indisreplident THEN ' (replica identity)' ELSE '' END AS line
+  FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+ WHERE i.indrelid = %(oid)s ORDER BY c.relname
+"""
+
+_REST = """
+SELECT line FROM (
+    SELECT 1 AS part, 'rule ' || w.ev_enabled::pg_catalog.text || ' ' || pg_catalog.pg_get_ruledef(w.oid) AS line
+      FROM pg_catalog.pg_rewrite w WHERE w.ev_class = %(oid)s
+    UNION ALL
+    SELECT 2, pg_catalog.concat_ws(' ', 'policy', pg_catalog.quote_ident(p.polname), p.polcmd::pg_catalog.text,
+                CASE WHEN p.polpermissive THEN 'permissive' ELSE 'restrictive' END,
+                (SELECT pg_catalog.string_agg(
+                            CASE x WHEN 0 THEN 'PUBLIC' ELSE pg_catalog.pg_get_userbyid(x)::pg_catalog.text END,
+                            ', ' ORDER BY 1) FROM pg_catalog.unnest(p.polroles) AS x),
+                'using', pg_catalog.pg_get_expr(p.polqual, p.polrelid),
+                'check', pg_catalog.pg_get_expr(p.polwithcheck, p.polrelid))
+      FROM pg_catalog.pg_policy p WHERE p.polrelid = %(oid)s
+    UNION ALL
+    SELECT 3, 'inherits ' || h.inhparent::pg_catalog.regclass::pg_catalog.text
+      FROM pg_catalog.pg_inherits h WHERE h.inhrelid = %(oid)s
+    UNION ALL
+    SELECT 4, pg_catalog.concat_ws(' ', 'grant', coalesce(r.rolname, 'PUBLIC'), 'by',
+                                   pg_catalog.pg_get_userbyid(x.grantor)::pg_catalog.text || ':',
+                pg_catalog.string_agg(x.privilege_type || CASE WHEN x.is_grantable THEN '*' ELSE '' END, ', '
+                                      ORDER BY x.privilege_type))
+      FROM pg_catalog.pg_class c
+     CROSS JOIN LATERAL pg_catalog.aclexplode(coalesce(c.relacl, pg_catalog.acldefault('r', c.relowner))) x
+      LEFT JOIN pg_catalog.pg_roles r ON r.oid = x.grantee
+     -- MAINTAIN came with 17; an owner's own rights by default are not worth a difference between majors.
+     WHERE c.oid = %(oid)s AND x.privilege_type <> 'MAINTAIN' GROUP BY r.rolname, x.grantor
+) AS facts ORDER BY part, line
+"""
+
+_ROUTINE = """
+       pg_catalog.concat_ws(' ',
+           CASE p.prokind WHEN 'p' THEN 'procedure' WHEN 'w' THEN 'window' WHEN 'a' THEN 'aggregate'
+                          ELSE 'function' END,
+           'returns ' || CASE WHEN p.proretset THEN 'setof ' ELSE '' END || pg_catalog.format_type(p.prorettype, NULL),
+           'language ' || l.lanname, 'volatility ' || p.provolatile::pg_catalog.text,
+           CASE WHEN p.prosecdef THEN 'security definer' END, CASE WHEN p.proisstrict THEN 'strict' END,
+           CASE WHEN p.proleakproof THEN 'leakproof' END, 'parallel ' || p.proparallel::pg_catalog.text,
+           'cost ' || p.procost::pg_catalog.text, 'rows ' || p.prorows::pg_catalog.text,
+           'arguments (' || pg_catalog.pg_get_function_arguments(p.oid) || ')',
+           'set ' || pg_catalog.array_to_string(p.proconfig, '; '),
+           'owner ' || pg_catalog.pg_get_userbyid(p.proowner)::pg_catalog.text,
+           'execute ' || (SELECT pg_catalog.string_agg(
+                                     coalesce(r.rolname, 'PUBLIC') || CASE WHEN x.is_grantable THEN '*' ELSE '' END,
+                                     ', ' ORDER BY coalesce(r.rolname, 'PUBLIC'))
+                            FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) x
+                            LEFT JOIN pg_catalog.pg_roles r ON r.oid = x.grantee)
+       ) AS attributes,
+       p.prosrc || coalesce(pg_catalog.pg_get_function_sqlbody(p.oid), '') AS body,
+       p.oid::pg_catalog.regprocedure::pg_catalog.text AS identity
+"""
+
+_TRIGGERS = (
+    """
+SELECT CASE t.tgenabled WHEN 'O' THEN 'enabled' WHEN 'D' THEN 'disabled' WHEN 'R' THEN 'replica'
+                        ELSE 'always' END AS state,
+       pg_catalog.pg_get_triggerdef(t.oid) AS definition,
+"""
+    + _ROUTINE
+    + """
+  FROM pg_catalog.pg_trigger t
+  JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+  JOIN pg_catalog.pg_language l ON l.oid = p.prolang
+ WHERE t.tgrelid = %(oid)s AND NOT t.tgisinternal
+ ORDER BY t.tgname
+"""
+)
+
+_FUNCTIONS = (
+    "SELECT"
+    + _ROUTINE
+    + """
+  FROM pg_catalog.pg_proc p
+  JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+  JOIN pg_catalog.pg_language l ON l.oid = p.prolang
+ WHERE n.nspname = %s AND p.proname::pg_catalog.text ~ %s
+ ORDER BY p.oid::pg_catalog.regprocedure::pg_catalog.text COLLATE "C"
+"""
+)

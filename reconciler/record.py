@@ -1,0 +1,141 @@
+"""Beside an apply: what was asked, and what it has done so far. A failed one must be told as well as a finished one."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from reconciler import __version__
+from reconciler.model import Approval, Entry, Executed, Failure, Outcome, Plan, Stage, Verdict, Yes
+from reconciler.plan import of_kind, summarize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from reconciler.errors import ReconcilerError
+    from reconciler.survey import Survey
+
+
+class Progress(Protocol):
+    """Told what apply is about to do: the stage, and within `execute` which of how many statements."""
+
+    def __call__(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
+        """Called before each step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an operator asks for. `target`: the -t option, None when not given."""
+
+    dsn: str | None
+    plan: Plan
+    approvals: Sequence[Approval]
+    target: str | None = None
+    initialize: bool = False
+    allow_untested: bool = False
+    run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+
+class Record:
+    """What an apply has done so far, kept beside it: a failed one must be told as well as a finished one.
+
+    `begun` when BEGIN was about to be sent, `committed` when the server said so.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        """`progress`: told every step as it comes; steps of one name are one stage here."""
+        self.begun = False
+        self.committed = False
+        self.started_at: str | None = None
+        self.finished_at: str | None = None
+        self.transaction_id: str | None = None
+        self.executed: list[Executed] = []
+        self.entry: Entry | None = None
+        self.verdicts: Sequence[Verdict] = ()
+        self.found: Survey | None = None
+        self._progress = progress
+        self._stages: list[tuple[str, float]] = []
+        self._ended: float | None = None
+
+    def __call__(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
+        """A step begins, and the one before it is over."""
+        if not self._stages or self._stages[-1][0] != stage:
+            self._stages.append((stage, time.monotonic()))
+        self._progress(stage, detail, number, of)
+
+    def end(self) -> None:
+        """The last step is over."""
+        self._ended = time.monotonic()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Every stage with its seconds."""
+        ends = [*(moment for _, moment in self._stages[1:]), self._ended or time.monotonic()]
+        return tuple(
+            Stage(name=name, seconds=round(end - begin, 6))
+            for (name, begin), end in zip(self._stages, ends, strict=True)
+        )
+
+    @property
+    def seconds(self) -> float:
+        """From the first lock to COMMIT, or to the end of a run that had none."""
+        seconds = [stage.seconds for stage in self.stages if stage.name not in {"connect", "check", "after"}]
+        return round(sum(seconds), 3)
+
+    def outcome(self, request: Request, word: str, problems: Sequence[str] = ()) -> Outcome:
+        """The apply as a document."""
+        plan = request.plan
+        entry = self.entry if self.committed else None
+        return Outcome(
+            outcome=word,
+            tool=f"reconciler {__version__}",
+            run_id=request.run_id,
+            target=plan.target if self.found is None else self.found.target,
+            effect_digest=plan.effect_digest,
+            entry=None if entry is None else entry.number,
+            hash=None if entry is None else entry.hash,
+            previous=None if entry is None else entry.previous,
+            genesis=entry is not None and entry.number == 1,
+            transaction_id=self.transaction_id,
+            started_at=self.started_at,
+            finished_at=self.finished_at,
+            statements=len(plan.statements),
+            seconds=self.seconds,
+            stages=self.stages,
+            executed=tuple(self.executed),
+            approvals=tuple(_yes(approval) for approval in request.approvals),
+            summary=summarize(plan.changes, plan.summary.drift, plan.summary.findings),
+            invariants=of_kind(self.verdicts, "invariant"),
+            proofs=of_kind(self.verdicts, "proof"),
+            surface=of_kind(self.verdicts, "surface"),
+            findings=() if self.found is None else tuple(self.found.live.findings),
+            not_compared=() if self.found is None else tuple(self.found.not_compared),
+            problems=tuple(problems),
+        )
+
+    def failed(self, request: Request, error: ReconcilerError | KeyboardInterrupt) -> Outcome:
+        """A run that ended with this error; everything in it was rolled back unless COMMIT had been answered."""
+        self.end()
+        if self.committed:
+            return self.outcome(request, "applied", ["interrupted before planning again"])
+        if isinstance(error, KeyboardInterrupt):
+            word, why = "error", Failure(message="Interrupted; the server rolled back.")
+        else:
+            word, why = error.outcome, Failure(message=error.message, details=error.details, hint=error.hint)
+        return self.outcome(request, word).model_copy(update={"failure": why})
+
+
+def _yes(approval: Approval) -> Yes:
+    return Yes(
+        id=approval.id,
+        approver=approval.approver,
+        reason=approval.reason,
+        accepted=approval.accepted,
+        attestations=approval.attestations,
+        issued_at=approval.issued_at,
+        expires_at=approval.expires_at,
+        signed=approval.signature is not None,
+    )
