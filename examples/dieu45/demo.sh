@@ -36,12 +36,13 @@ sql "SELECT count(*) AS functions FROM pg_proc WHERE pronamespace = 'public'::re
 step "What would change (reads only)"
 run reconciler plan -t sandbox --out "$work/phase2.plan" | grep -v '^      '
 
-step "A person approves exactly these effects, and each hazard by name"
+step "A person approves exactly these effects, each hazard by name, and signs for what no query can see"
 run reconciler approve "$work/phase2.plan" --as operator --reason "Phase 2 of the queue" \
-  --accept arms_gate --accept grants_execute --accept moves_from_safe --accept security_definer
+  --accept arms_gate --accept grants_execute --accept moves_from_safe --accept security_definer \
+  --attest F02-no-worker-started --attest F07-no-qdrant --attest F10-start-here --attest F11-law-text
 
 step "Applied in one transaction, committed only because the result is what was approved"
-run reconciler apply "$work/phase2.plan" --initialize
+run reconciler apply "$work/phase2.plan" --initialize --evidence "$work/evidence"
 
 step "The silent worker is visible now"
 sql "SELECT executors_stale, executor_name, status_hint, passive FROM v_queue_health"

@@ -236,10 +236,11 @@ def test_somebody_elses_ledger_is_not_written_to(shop: Governed, made: str) -> N
         else:
             conn.execute(governed.command("ledger", "--print-sql").stdout.encode())
         if made == "with a trigger":
-            conn.execute(
+            evil = (
                 "CREATE FUNCTION reconciler.evil() RETURNS trigger LANGUAGE plpgsql AS $f$"
                 f" BEGIN ALTER ROLE {shop.stranger} SUPERUSER; RETURN NULL; END $f$"
             )
+            conn.execute(evil.encode())
             conn.execute(
                 "CREATE TRIGGER evil AFTER INSERT ON reconciler.entry FOR EACH ROW EXECUTE FUNCTION reconciler.evil()"
             )
