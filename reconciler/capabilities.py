@@ -8,6 +8,7 @@ from psycopg import sql
 
 from reconciler import pg
 from reconciler.errors import MissingPrivilege
+from reconciler.parts import relation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,14 +49,13 @@ def check(conn: pg.Connection, plan: Plan, target: Target, *, ledger_exists: boo
             if rules.get("via"):
                 continue
             verb = "INSERT" if change.before is None else "UPDATE"
-            schema, _, name = after["table"].partition(".")
             ask(
                 sql.SQL(
                     "SELECT (SELECT pg_catalog.has_any_column_privilege(c.oid, %s) FROM pg_catalog.pg_class c"
                     " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
                     " WHERE n.nspname = %s AND c.relname = %s) AS may"
                 ),
-                (verb, schema.strip('"'), name.strip('"')),
+                (verb, *relation(after["table"])),
                 f"{verb} on {after['table']}",
             )
     if ledger_exists:

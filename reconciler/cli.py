@@ -120,6 +120,7 @@ def validate(state: Path, target: str | None, form: str, no_color: bool, verbose
       reconciler validate -s governance/state -t production
     """
     from reconciler import desired
+    from reconciler.render import text
 
     del no_color
     found = [desired.load(state, target)] if target else desired.load_all(state)
@@ -127,9 +128,8 @@ def validate(state: Path, target: str | None, form: str, no_color: bool, verbose
         _json({"format_version": "1.0", "outcome": "no_changes", "errors": []})
         return
     for one in found:
-        click.echo(
-            f"{one.name} {one.release}, target {one.target}: {len(one.items)} objects, {len(one.checks)} checks."
-        )
+        declared = f"{text.count(len(one.items), 'object')}, {text.count(len(one.checks), 'check')}"
+        click.echo(f"{one.name} {one.release}, target {one.target}: {declared}.")
     if verbose:
         for item in found[0].items.values():
             if not getattr(item.rules, "checked_offline", True):

@@ -83,7 +83,8 @@ SELECT pg_catalog.concat_ws(' ', 'column', pg_catalog.quote_ident(a.attname),
            (SELECT 'grants ' || pg_catalog.string_agg(g.line, ', ' ORDER BY g.line)
               FROM (SELECT coalesce(r.rolname, 'PUBLIC') || ':' || x.privilege_type
                            || CASE WHEN x.is_grantable THEN '*' ELSE '' END AS line
-                      FROM pg_catalog.aclexplode(a.attacl) x LEFT JOIN pg_catalog.pg_roles r ON r.oid = x.grantee) g)
+                      FROM pg_catalog.aclexplode(a.attacl) x LEFT JOIN pg_catalog.pg_roles r ON r.oid = x.grantee
+                     WHERE x.privilege_type <> 'SELECT' OR x.is_grantable) g)
        ) AS line
   FROM pg_catalog.pg_attribute a
   JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
@@ -136,7 +137,10 @@ SELECT line FROM (
      CROSS JOIN LATERAL pg_catalog.aclexplode(coalesce(c.relacl, pg_catalog.acldefault('r', c.relowner))) x
       LEFT JOIN pg_catalog.pg_roles r ON r.oid = x.grantee
      -- MAINTAIN came with 17; an owner's own rights by default are not worth a difference between majors.
-     WHERE c.oid = %(oid)s AND x.privilege_type <> 'MAINTAIN' GROUP BY r.rolname, x.grantor
+     -- Who may only look changes nothing: the role that plans is given SELECT on what it judges.
+     WHERE c.oid = %(oid)s AND x.privilege_type <> 'MAINTAIN'
+       AND (x.privilege_type <> 'SELECT' OR x.is_grantable OR x.grantee = c.relowner)
+     GROUP BY r.rolname, x.grantor
 ) AS facts ORDER BY part, line
 """
 

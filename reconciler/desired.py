@@ -170,7 +170,7 @@ def schema() -> dict[str, Json]:
         definitions.update(body.pop("$defs", {}))
         return body
 
-    governance = of(Governance)
+    governance, pins = of(Governance), of(Captured)
     common, definitions = definitions, {}
     properties: dict[str, Json] = {}
     for kind in kinds().values():
@@ -178,7 +178,7 @@ def schema() -> dict[str, Json]:
     for check in checks().values():
         forms = [of(form) for form in check.forms()]
         properties[check.section] = {"type": "object", "additionalProperties": {"anyOf": forms}}
-    # Everywhere but in governance itself a value may be a variable.
+    # Everywhere but in governance itself, and in what `reconciler pin` writes, a value may be a variable.
     properties = {section: _fillable(body) for section, body in properties.items()}
     definitions = {name: _fillable(body) for name, body in definitions.items()}
     definitions |= common
@@ -193,7 +193,11 @@ def schema() -> dict[str, Json]:
         "title": "reconciler state",
         "type": "object",
         "additionalProperties": False,
-        "properties": {"governance": governance, **properties},
+        "properties": {
+            "governance": governance,
+            **properties,
+            "pins": {"type": "object", "additionalProperties": pins},
+        },
         "$defs": definitions,
     }
 

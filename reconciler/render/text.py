@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -58,7 +58,7 @@ def plan(found: Plan, *, colour: bool, verbose: bool) -> str:
         page.line("", "Changes:")
         for change in found.changes:
             _change(page, change)
-    _verdicts(page, found.checks, verbose=verbose)
+    _verdicts(page, found.checks, verbose=verbose, to_sign=True)
     _findings(page, found.findings)
     _not_compared(page, found.not_compared, verbose=verbose)
     page.legend()
@@ -326,7 +326,8 @@ def _field(page: _Page, field: FieldChange) -> None:
         for text in _unified(before, after):
             page.line(f"        {text}", colour=COLOURS.get(text[:1], "") if text[:1] in "+-" else "")
         return
-    page.line(f"      {field.name}: {_value(before)} -> {_value(after)}")
+    nobody = "PUBLIC" if _GRANTEE.fullmatch(field.name) else "nothing"
+    page.line(f"      {field.name}: {_value(before, nobody)} -> {_value(after, nobody)}")
 
 
 def _unified(before: str, after: str) -> Iterable[str]:
@@ -335,16 +336,35 @@ def _unified(before: str, after: str) -> Iterable[str]:
     return lines or [f"{len(before)} characters -> {len(after)} characters; only line ends differ"]
 
 
-def _value(value: Json) -> str:
+_GRANTEE = re.compile(r"acl\[\d+\]\['grantee'\]")
+_GRANT = {"grantee", "grantor", "grantable"}
+
+
+def _value(value: Json, nothing: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # as canonical JSON writes it
-    text = "nothing" if value is None else repr(value) if isinstance(value, str) else str(value)
+    text = nothing if value is None else _whole(value)
     return text if len(text) <= SHORT else f"{text[:SHORT]}… ({len(text)} characters)"
 
 
-def _verdicts(page: _Page, verdicts: Sequence[Verdict], *, verbose: bool) -> None:
+def _whole(value: Json) -> str:
+    """A value with all that is in it. A grant to nobody in particular is one to PUBLIC; a role's name is quoted."""
+    if isinstance(value, list):
+        return f"[{', '.join(_whole(item) for item in cast('list[Json]', value))}]"
+    if isinstance(value, dict):
+        thing = cast("dict[str, Json]", value)
+        public = thing.keys() == _GRANT and thing["grantee"] is None
+        pairs = (
+            f"{name!r}: {'PUBLIC' if public and name == 'grantee' else _whole(item)}" for name, item in thing.items()
+        )
+        return f"{{{', '.join(pairs)}}}"
+    return repr(value)
+
+
+def _verdicts(page: _Page, verdicts: Sequence[Verdict], *, verbose: bool, to_sign: bool = False) -> None:
+    """What did not pass; with verbose everything. to_sign: also the claims that an approver is asked to sign for."""
     quiet = {"held", "passed", "predicted", "deferred"}
-    shown = [verdict for verdict in verdicts if verbose or verdict.status not in quiet or verdict.missing]
+    shown = [verdict for verdict in verdicts if verbose or verdict.status not in quiet or (to_sign and verdict.missing)]
     if shown:
         page.line("", "Checks:")
     for verdict in shown:

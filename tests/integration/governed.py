@@ -265,6 +265,12 @@ def command(*arguments: str | Path, dsn: str | None = None) -> subprocess.Comple
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
+def attests(plan_file: Path) -> list[str]:
+    """The options that sign for everything that no query can see."""
+    plan, _ = planning.load(plan_file)
+    return [word for name in plan.attestations for word in ("--attest", name)]
+
+
 def silent(stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
     """A progress that says nothing."""
 

@@ -297,16 +297,16 @@ def test_two_of_two_are_two_people(system: Governed) -> None:
     system.state["governance"]["approval"]["required"] = 2
     system.write()
     plan = system.plan()
-    ana, again = system.approve(plan), system.approve(plan)
-    for approvals in ([], [ana], [ana, again], [ana, ana]):
+    first, again = system.approve(plan), system.approve(plan)
+    for approvals in ([], [first], [first, again], [first, first]):
         with untouched(system), pytest.raises(NotApproved) as refused:
             system.apply(plan, approvals)
         assert f"{len({each.approver for each in approvals})} of 2 approvals" in refused.value.details
     # One person in two spellings.
     with untouched(system), pytest.raises(NotApproved) as refused:
-        system.apply(plan, [ana, system.approve(plan, approver=" Ana")])
+        system.apply(plan, [first, system.approve(plan, approver=" Operator")])
     assert "1 of 2 approvals" in refused.value.details
-    system.apply(plan, [ana, system.approve(plan, approver="bob")])
+    system.apply(plan, [first, system.approve(plan, approver="reviewer")])
     system.in_sync()
 
 
@@ -314,7 +314,7 @@ def test_the_installed_policy_judges_not_the_proposed_one(system: Governed) -> N
     system.state["governance"]["approval"]["required"] = 2
     system.write()
     first = system.plan()
-    system.apply(first, [system.approve(first), system.approve(first, approver="bob")])
+    system.apply(first, [system.approve(first), system.approve(first, approver="reviewer")])
     system.state["governance"]["approval"]["required"] = 1
     system.write()
     plan = system.plan()
@@ -323,7 +323,7 @@ def test_the_installed_policy_judges_not_the_proposed_one(system: Governed) -> N
     with untouched(system), pytest.raises(NotApproved, match="not approved") as refused:
         system.apply(plan)
     assert "1 of 2 approvals" in refused.value.details
-    system.apply(plan, [system.approve(plan), system.approve(plan, approver="bob")])
+    system.apply(plan, [system.approve(plan), system.approve(plan, approver="reviewer")])
     # From now on one is enough.
     system.state["gates"]["shop.limit"]["value"] = "11"
     system.write().settle()

@@ -205,7 +205,7 @@ def test_gates_of_other_types(cli: Command, db: Database, tmp_path: Path) -> Non
     (tmp_path / "all.yaml").write_text(json.dumps({"governance": governance, "gates": gates}))
     common = ("-s", tmp_path, "--dsn", db.dsn)
     cli("plan", *common, "--out", tmp_path / "one.plan")
-    cli("approve", tmp_path / "one.plan", "--as", "ana", "--reason", "a test")
+    cli("approve", tmp_path / "one.plan", "--as", "operator", "--reason", "a test")
     cli("apply", tmp_path / "one.plan", "--dsn", db.dsn, "--initialize")
     for number, (_, after) in enumerate(kinds.values()):
         assert db.execute(f'SELECT DISTINCT value::text FROM "Shop Control"."Switch {number}"') == [(after,)]

@@ -75,7 +75,7 @@ class Job:
 
     def approve(self, *hazards: str) -> None:
         accept = [word for hazard in hazards or HAZARDS for word in ("--accept", hazard)]
-        self.run("approve", self.file, "--as", "operator", "--reason", "Phase 2", *accept)
+        self.run("approve", self.file, "--as", "operator", "--reason", "Phase 2", *accept, *governed.attests(self.file))
 
     def apply(self, *more: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         return self.run("apply", self.file, *more, code=code)
@@ -152,7 +152,7 @@ def test_what_the_plan_says(job: Job) -> None:
     # Functions before what needs them.
     order = [line.split()[1].partition(".")[0] for line in lines[changes:] if re.match(r"  [+~] [a-z]+\.", line)]
     assert order == ["function"] * 5 + ["gate"] * 5 + ["marker"]
-    assert " 0 violated, 0 attested, 0 not judged. " in text
+    assert " 0 violated, 0 attested, 0 not judged, " in text
     assert f"Hazards to accept: {', '.join(HAZARDS)}." in lines
     assert "Not compared by this version:" in text
     job.plan("--detailed-exitcode", code=2)
@@ -283,7 +283,7 @@ def test_the_marker_after_a_real_tick_is_the_workers(job: Job) -> None:
     job.plan("--out", job.file)
     for old in job.folder.glob("*.approval.json"):
         old.unlink()
-    job.run("approve", job.file, "--as", "operator", "--reason", "slower")
+    job.run("approve", job.file, "--as", "operator", "--reason", "slower", *governed.attests(job.file))
     job.apply()
     assert job.db.execute(MARKER) == row
 
@@ -350,7 +350,7 @@ def test_drift_is_put_back_by_an_apply(job: Job) -> None:
     job.plan("--out", job.file)
     for old in job.folder.glob("*.approval.json"):
         old.unlink()
-    refused = job.run("approve", job.file, "--as", "operator", "--reason", "back", code=4)
+    refused = job.run("approve", job.file, "--as", "operator", "--reason", "back", *governed.attests(job.file), code=4)
     assert "overwrites_drift" in refused.stderr
     job.approve("overwrites_drift")
     job.apply()
@@ -401,7 +401,7 @@ def test_a_line_taken_out_of_the_files_is_forgotten_by_approval_only(job: Job) -
     assert "Plan: 0 to add, 0 to change, 0 to remove, 1 to forget." in plan.splitlines()
     for old in job.folder.glob("*.approval.json"):
         old.unlink()
-    job.run("approve", job.file, "--as", "operator", "--reason", "no", code=4)
+    job.run("approve", job.file, "--as", "operator", "--reason", "no", *governed.attests(job.file), code=4)
     row = job.db.execute("SELECT xmin::text, value FROM public.dot_config WHERE key = 'queue.notify.enabled'")
     job.approve("forgets")
     job.apply()

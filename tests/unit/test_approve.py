@@ -95,7 +95,7 @@ def test_setup_alone_can_be_approved() -> None:
 @pytest.mark.parametrize("status", ["violated", "not_judged"])
 def test_a_plan_that_an_invariant_blocks_cannot_be_approved(status: str) -> None:
     blocked = plan().model_copy(update={"invariants": (states.verdict(status), states.verdict("held", "fine"))})
-    with pytest.raises(Violated, match="1 invariant not held") as refused:
+    with pytest.raises(Violated, match="1 check not passed") as refused:
         approve(blocked)
     assert refused.value.exit_code == 3
     assert refused.value.details == (f"invariant.no-cron: {status}: why",)
@@ -103,7 +103,7 @@ def test_a_plan_that_an_invariant_blocks_cannot_be_approved(status: str) -> None
 
 def test_several_that_block_are_all_named() -> None:
     found = (states.verdict("violated", "a"), states.verdict("not_judged", "b"))
-    with pytest.raises(Violated, match="2 invariants not held") as refused:
+    with pytest.raises(Violated, match="2 checks not passed") as refused:
         approvals.refuse(found)
     assert len(refused.value.details) == 2
     approvals.refuse(())
@@ -156,6 +156,7 @@ def verify(*given: Approval, **facts: Any) -> None:
     whole: dict[str, Any] = {
         "effect_digest": plan().effect_digest,
         "hazards": HAZARDS,
+        "attestations": (),
         "policy": states.policy(),
         "used": (),
         "now": states.NOW + timedelta(hours=1),
@@ -235,6 +236,13 @@ def test_hazards_that_apply_derives_count_not_those_of_the_plan() -> None:
     assert reasons(approve(), hazards=[*HAZARDS, "retires", "overwrites_drift"])[0] == (
         "the approval of operator does not accept overwrites_drift, retires"
     )
+
+
+def test_attestations_that_apply_derives_count_each_by_name() -> None:
+    given = approve().model_copy(update={"attestations": ("C1", "C3")})
+    assert reasons(given, attestations=("C1", "C2", "C4"))[0] == "the approval of operator does not attest C2, C4"
+    assert reasons(approve(), attestations=("C1",))[0] == "the approval of operator does not attest C1"
+    verify(given, attestations=("C1",))
 
 
 def test_more_accepted_than_needed_is_fine() -> None:

@@ -176,13 +176,16 @@ def test_governance_stands_once(tmp_path: Path) -> None:
     assert found == f"second.yaml:1:1: section governance is already declared at {tmp_path}/governance.yaml:1:1"
 
 
+SECTIONS = "sections: governance, pins, functions, gates, markers, invariants, surface, proofs"
+
+
 def test_without_governance_what_can_be_said_is_said(tmp_path: Path) -> None:
     states.write(tmp_path, {"a.yaml": "gates:\n  a: {value: 1}\nnothing: 1\n"})
     with pytest.raises(InputError) as refused:
         desired.load(tmp_path, None)
     assert [str(problem).removeprefix(str(tmp_path)) for problem in refused.value.problems] == [
         ": no file has the section `governance`",
-        "/a.yaml:3:1: unknown section 'nothing'; sections: governance, functions, gates, markers, invariants",
+        f"/a.yaml:3:1: unknown section 'nothing'; {SECTIONS}",
     ]
 
 
@@ -195,7 +198,7 @@ LOCKED = (
     "a locked gate may hold only its safe value 'false', not 'true'; only a proof may arm it, inside a transaction that"
     " is rolled back"
 )
-FORM = "an invariant has exactly one of the keys forbid, extensions, gate, query"
+FORM = "an invariant has exactly one of the keys forbid, extensions, gate, query, untouched, pin, attest"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +323,7 @@ FORM = "an invariant has exactly one of the keys forbid, extensions, gate, query
             "invariants.yaml",
             "no-blank: {query: SELECT s.name FROM public.settings AS s WHERE s.value = '', rows: 0}",
             "▶no-blank: {query: SELECT s.name FROM public.settings AS s}",
-            "write exactly one of `rows` and `equals`",
+            "write exactly one of `rows`, `equals` and `unchanged`",
         ),
         ("invariants.yaml", "rows: 0", "rows: ▶-1", ...),
         (
@@ -481,6 +484,14 @@ def test_the_schema_takes_every_file_that_we_ship(path: Path) -> None:
     assert Schema(desired.schema()).faults(document.data) == []
 
 
+def test_the_schema_takes_what_pin_writes() -> None:
+    document, _ = parse(
+        "pins:\n  P1:\n    pin: {table: a.b}\n    lines: [column id uuid]\n  P2: {pin: {}, lines: []}\n", ""
+    )
+    assert document is not None
+    assert Schema(desired.schema()).faults(document.data) == []
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -498,6 +509,11 @@ def test_the_schema_takes_every_file_that_we_ship(path: Path) -> None:
         "gates: {a: {value: {vra: x}, reason: r}}",
         "governance: {version: 1, name: {var: x}, release: r, targets: {m: {}}}",
         "invariants: {i: {forbid: {extensoin: x}}}",
+        "invariants: {i: {query: SELECT 1, unchanged: false}}",
+        "invariants: {i: {untouched: []}}",
+        "pins: {p: {pin: {table: a.b}}}",
+        "pins: {p: {pin: {table: a.b}, lines: [], more: 1}}",
+        "pins: {p: {pin: {table: a.b}, lines: {var: x}}}",
         "governance: {version: 2, name: a, release: r, targets: {m: {}}}",
         "governance: {version: 1, name: a, release: r}",
     ],
@@ -510,7 +526,16 @@ def test_the_schema_refuses_what_validate_refuses(text: str) -> None:
 
 def test_the_schema_names_every_section_and_every_definition() -> None:
     schema = desired.schema()
-    assert sorted(schema["properties"]) == ["functions", "gates", "governance", "invariants", "markers"]
+    assert sorted(schema["properties"]) == [
+        "functions",
+        "gates",
+        "governance",
+        "invariants",
+        "markers",
+        "pins",
+        "proofs",
+        "surface",
+    ]
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     text = str(schema)
     assert set(re.findall(r"#/\$defs/(\w+)", text)) == set(schema["$defs"])

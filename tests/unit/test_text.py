@@ -55,6 +55,8 @@ def outcome(**given: Any) -> Outcome:
         "seconds": 0.249,
         "summary": Summary(add=10, change=1),
         "invariants": (),
+        "proofs": (),
+        "surface": (),
     }
     return Outcome(**{**whole, **given})
 
@@ -103,6 +105,21 @@ def test_the_line_of_the_checks() -> None:
         "Invariants: 10 held, 2 violated, 0 attested, 3 not judged. Proofs: 0 passed, 0 rehearsed."
         " Surface: 0 of 0 as predicted."
     )
+
+
+def test_what_is_judged_later_is_said_and_counted_apart() -> None:
+    def of(*statuses: str) -> list[Verdict]:
+        return [states.verdict(status) for status in statuses]
+
+    assert text.checks_line(
+        of("held", "attested", "deferred", "deferred"),
+        of("passed", "rehearsed", "failed", "deferred"),
+        of("deferred", "deferred"),
+    ) == (
+        "Invariants: 1 held, 0 violated, 1 attested, 0 not judged, 2 judged in apply."
+        " Proofs: 1 passed, 1 rehearsed, 1 failed, 1 not run. Surface: 2 rows compared in apply."
+    )
+    assert text.checks_line((), (), of("predicted", "predicted", "differs")).endswith("Surface: 2 of 3 as predicted.")
 
 
 def test_problems_after_commit_come_last() -> None:
@@ -170,11 +187,46 @@ def test_hazards_are_shown_at_the_change_and_together() -> None:
         (1.0, 2.5, "f: 1 -> 2.5"),
         ("it's", 'a"b', "f: \"it's\" -> 'a\"b'"),
         ("x" * 200, "y", f"f: '{'x' * 119}… (202 characters) -> 'y'"),
+        (None, {"a": [None, 1.5, "x"], "grantee": None}, "f: nothing -> {'a': [None, 1.5, 'x'], 'grantee': None}"),
     ],
 )
 def test_fields_on_one_line(before: Any, after: Any, line: str) -> None:
     made = change("change", fields=(FieldChange(name="f", before=before, after=after),))
     assert f"      {line}" in lines(plan(made))
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "line"),
+    [
+        ("acl[0]['grantee']", None, "a", "PUBLIC -> 'a'"),
+        ("acl[10]['grantee']", "PUBLIC", None, "'PUBLIC' -> PUBLIC"),
+        ("columns['grantee']", None, "a", "nothing -> 'a'"),
+        ("acl[0]['grantor']", "a", "b", "'a' -> 'b'"),
+        (
+            "acl[1]",
+            {"grantee": None, "grantor": "o", "grantable": False},
+            None,
+            "{'grantee': PUBLIC, 'grantor': 'o', 'grantable': False} -> nothing",
+        ),
+        (
+            "acl",
+            [],
+            [{"grantee": None, "grantor": "o", "grantable": True}],
+            "[] -> [{'grantee': PUBLIC, 'grantor': 'o', 'grantable': True}]",
+        ),
+    ],
+)
+def test_a_grant_without_a_grantee_is_one_to_public(name: str, before: Any, after: Any, line: str) -> None:
+    made = change("change", fields=(FieldChange(name=name, before=before, after=after),))
+    assert f"      {name}: {line}" in lines(plan(made))
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_line_that_a_body_lost_or_got_is_no_symbol_of_the_legend(colour: bool) -> None:
+    made = change("change", fields=(FieldChange(name="body", before="a\n b\nc", after="a\n+c\n! d"),))
+    shown = text.plan(plan(made), colour=colour, verbose=False)
+    assert "        - b" in shown
+    assert [line for line in shown.splitlines() if "Symbols:" in line] == ["Symbols: ~ change"]
 
 
 def test_texts_of_several_lines_are_compared_line_by_line() -> None:
@@ -208,6 +260,22 @@ def test_held_invariants_are_shown_when_asked() -> None:
     assert "Invariants:" not in lines(plan(invariants=(held,)))
 
 
+SIGN = states.verdict("deferred", "word", "to be signed for with --attest word: so it is").model_copy(
+    update={"missing": "attestation"}
+)
+
+
+def test_a_plan_lists_the_claims_to_sign_for_and_drift_does_not() -> None:
+    later = states.verdict("deferred", "rows", "judged inside the apply, just before COMMIT")
+    assert verdicts_shown(SIGN, later) == [
+        "    invariant.word: deferred: to be signed for with --attest word: so it is"
+    ]
+    assert "Checks:" not in drift(verdicts=(SIGN, later)).splitlines()
+    broken = states.verdict("violated", "b", "3 rows")
+    shown = drift(verdicts=(SIGN, broken)).splitlines()
+    assert [line for line in shown if "invariant." in line] == ["  ! invariant.b: violated: 3 rows"]
+
+
 def test_findings_and_what_was_not_compared() -> None:
     finding = Finding(code="undeclared", address="gate.app.z", message="key app.z")
     counted = [("table", "schema a", 3), ("table", "schema b", 4), ("view", "schema a", 1)]
@@ -234,7 +302,7 @@ def drift(moved: Sequence[Drift] = (), pending: Sequence[Drift] = (), **given: A
         target=states.TARGET,
         entry=None,
         findings=given.get("findings", ()),
-        verdicts=(),
+        verdicts=given.get("verdicts", ()),
         not_compared=(),
         fail_on=(),
         now=states.NOW,
