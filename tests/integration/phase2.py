@@ -53,7 +53,7 @@ REPLAY = "queue.dlq.replay_enabled"
 
 def declared(block: str) -> dict[str, dict[str, Any]]:
     """One block of state/*.yaml, by address. The file has the block's name."""
-    return YAML(typ="safe").load(STATE / f"{block}.yaml")[block]
+    return YAML(typ="safe", pure=True).load(STATE / f"{block}.yaml")[block]
 
 
 def load_baseline(conn: psycopg.Connection[Any]) -> None:

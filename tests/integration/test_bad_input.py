@@ -696,7 +696,8 @@ def test_what_init_writes_can_be_applied(tmp_path: Path, db: Database, cli: Comm
 def test_the_schema_is_printed_as_json(cli: Command) -> None:
     document = json.loads(cli("schema").stdout)
     assert document["$schema"].startswith("https://json-schema.org/")
-    assert sorted(document["properties"]) == ["functions", "gates", "governance", "invariants", "markers"]
+    sections = ["functions", "gates", "governance", "invariants", "markers", "pins", "proofs", "surface"]
+    assert sorted(document["properties"]) == sections
 
 
 def test_help_imports_nothing_slow() -> None:
