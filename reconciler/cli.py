@@ -215,6 +215,7 @@ def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
     from reconciler import evidence as evidences
     from reconciler import plan as plans
     from reconciler.render import text
+    from reconciler.trust import check_plan
 
     document = {} if file.is_dir() else plans.read(file, "plan, approval or evidence")
     if file.is_dir() or evidences.is_evidence(document):
@@ -225,6 +226,7 @@ def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
         given, sort, shown = approval, "approval", text.approval(approval, colour=_colour(no_color))
     else:
         made, _ = plans.load(file)
+        check_plan(made)
         given, sort, shown = made, "plan", text.plan(made, colour=_colour(no_color), verbose=verbose)
     if form == "text":
         click.echo(shown, nl=False)

@@ -70,7 +70,7 @@ def test_what_phase_2_declares_stands_here_byte_for_byte() -> None:
 
 
 def test_what_is_not_a_copy_differs_only_by_the_phase() -> None:
-    yaml = YAML(typ="safe")
+    yaml = YAML(typ="safe", pure=True)
     gates = phase2.declared("gates")
     gates["queue.runtime.phase"]["value"] = "phase3_route_pilot_dry_run"
     assert yaml.load(PHASE_3 / "gates.yaml") == {"gates": gates}

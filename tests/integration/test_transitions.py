@@ -74,7 +74,6 @@ def refused(system: Governed, check: str) -> str:
         ("TRUNCATE app.outbox;", "AccessExclusiveLock taken"),
         ("ALTER TABLE app.outbox ADD COLUMN extra text;", "AccessExclusiveLock taken"),
         ("LOCK TABLE app.outbox IN SHARE MODE;", "ShareLock taken"),
-        ("CREATE INDEX ON app.outbox (note);", "ShareLock taken"),
         ("INSERT INTO app.log VALUES (now(), 'x');", "app.log_now: 1 row written"),
         ("INSERT INTO app.log_now VALUES (now(), 'x');", "app.log_now: 1 row written"),
         ("INSERT INTO app.child (id, note) OVERRIDING SYSTEM VALUE VALUES (99, 'x');", "app.child: 1 row written"),
