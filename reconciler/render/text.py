@@ -219,6 +219,8 @@ def approval(found: Approval, *, colour: bool) -> str:
     page.line(f"Approval {found.id} by {found.approver}: {found.reason}")
     page.line(f"For {_target(found.target)}, effect digest {found.effect_digest}")
     page.line(f"Accepts {', '.join(found.accepted) or 'no hazards, there are none'}")
+    if found.attestations:
+        page.line(f"Attests {', '.join(found.attestations)}")
     page.line(f"Issued {found.issued_at}, expires {found.expires_at}; {'signed' if found.signature else 'not signed'}")
     return page.text()
 

@@ -339,6 +339,7 @@ def test_an_approval_says_everything_it_holds() -> None:
         approver="operator",
         reason="change 4711",
         accepted=("arms_gate",),
+        attestations=("F02-no-worker", "F07-no-mail"),
         issued_at="2026-05-22T12:00:00Z",
         expires_at="2026-05-22T14:00:00Z",
     )
@@ -346,9 +347,11 @@ def test_an_approval_says_everything_it_holds() -> None:
         "Approval i by operator: change 4711",
         f"For main (database app, PostgreSQL 16.13), effect digest {'e' * 64}",
         "Accepts arms_gate",
+        "Attests F02-no-worker, F07-no-mail",
         "Issued 2026-05-22T12:00:00Z, expires 2026-05-22T14:00:00Z; not signed",
     ]
-    none = given_.model_copy(update={"accepted": (), "signature": "s"})
+    none = given_.model_copy(update={"accepted": (), "attestations": (), "signature": "s"})
+    assert "Attests" not in text.approval(none, colour=False)
     assert "Accepts no hazards, there are none" in text.approval(none, colour=False)
     assert text.approval(none, colour=False).endswith("; signed\n")
 
