@@ -506,7 +506,7 @@ def pin(state: Path, target: str | None, dsn: str | None, allow_untested_server:
     \b
     Examples:
       reconciler pin --dsn postgresql://planner@db/app -t production
-      reconciler pin --out /tmp/pins.yaml && diff state/pins.yaml /tmp/pins.yaml
+      reconciler pin --out new-pins.yaml && diff state/pins.yaml new-pins.yaml
     """
     from reconciler import desired, live, pg, pins
 
@@ -612,7 +612,7 @@ def down(data: Path | None) -> None:
     \b
     Examples:
       reconciler sandbox down
-      reconciler sandbox down --data /var/tmp/trial
+      reconciler sandbox down --data trial
     """
     from reconciler import sandbox as sandboxes
 

@@ -88,6 +88,18 @@ def test_a_write_by_somebody_elses_trigger_is_seen(shop: Governed, body: str, sa
     assert said in refused(shop, "invariant.outbox-untouched")
 
 
+def test_an_index_made_by_somebody_elses_trigger_is_seen(shop: Governed) -> None:
+    behind_our_back(shop, "CREATE INDEX ON app.outbox (note);")
+    before = governed.image(shop.db)
+    with pytest.raises(Violated) as caught:
+        shop.apply(shop.plan())
+    assert any("ShareLock taken" in line for line in caught.value.details)
+    # Building an index writes its statistics to pg_class in place: those stay where everything else is rolled back.
+    after = governed.image(shop.db)
+    assert {name for name in before if after[name] != before[name]} <= {"pg_catalog.pg_class"}
+    assert shop.db.execute("SELECT count(*) FROM pg_indexes WHERE tablename = 'outbox'") == [(1,)]
+
+
 def test_a_deferred_trigger_is_seen_before_commit(shop: Governed) -> None:
     shop.sql(
         """
