@@ -85,8 +85,8 @@ def _options_for(command: F, formats: tuple[str, ...]) -> F:
 def cli() -> None:
     """Compare a PostgreSQL control plane with its declared state; plan, approve, apply, watch for drift.
 
-    Exit codes: 0 done or no changes, 1 error, 2 changes pending or drift, 3 an invariant is violated or not judged,
-    4 refused (stale, not approved, locked), 5 outcome unknown.
+    Exit codes: 0 done or no changes, 1 error, 2 changes pending or drift, 3 an invariant is violated or not judged, or
+    a proof failed, 4 refused (stale, not approved, locked), 5 outcome unknown.
     """
 
 
@@ -434,6 +434,17 @@ def _ask(made: Plan, checksum: str, *, colour: bool) -> list[Approval]:
     ]
 
 
+def _faults_tried(done: int, of: int, survivors: int) -> None:
+    """On a terminal one line that is written over, elsewhere one for every hundred."""
+    terminal = sys.stderr.isatty()
+    if terminal or done % 100 == 0 or done == of:
+        click.echo(
+            f"{chr(13) if terminal else ''}{done} of {of} faults tried, {survivors} not noticed so far",
+            err=True,
+            nl=not terminal or done == of,
+        )
+
+
 class _Progress:
     """Progress of an apply on stderr: stages and objects, with the seconds since the start."""
 
@@ -530,6 +541,14 @@ def pin(state: Path, target: str | None, dsn: str | None, allow_untested_server:
 @_output_options
 @click.option("--rehearse", is_flag=True, help="On a scratch copy of the schema; also what needs two sessions.")
 @click.option("--scratch", metavar="DSN", help="An empty database for the rehearsal, instead of the embedded server.")
+@click.option(
+    "--mutate", is_flag=True, help="Plant faults in the functions of a rehearsal; say which no proof notices."
+)
+@click.option(
+    "--equivalent",
+    type=click.Path(path_type=Path),
+    help="With --mutate: the mutants known to make no difference, and why.",
+)
 @click.pass_context
 def prove(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as plan
     """Play the proofs on the database as it is, in one transaction that is rolled back.
@@ -538,16 +557,36 @@ def prove(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
     Examples:
       reconciler prove --dsn postgresql://operator@db/app -t production
       reconciler prove --rehearse
+      reconciler prove --mutate --equivalent equivalent-mutants.yaml
     """
     from reconciler import desired
     from reconciler import prove as proving
     from reconciler.errors import UsageError
     from reconciler.render import text
 
-    if given["scratch"] and not given["rehearse"]:
-        raise UsageError("--scratch names where to rehearse.", hint="Add --rehearse.")
+    if given["scratch"] and not (given["rehearse"] or given["mutate"]):
+        raise UsageError("--scratch names where to rehearse.", hint="Add --rehearse or --mutate.")
+    if given["equivalent"] and not given["mutate"]:
+        raise UsageError("--equivalent says something about mutants.", hint="Add --mutate.")
     wanted = desired.load(given["state"], given["target"])
     untested: bool = given["allow_untested_server"]
+    if given["mutate"]:
+        from reconciler import mutate
+
+        told = mutate.mutate(
+            given["dsn"],
+            given["state"],
+            wanted,
+            _faults_tried,
+            equivalent=given["equivalent"],
+            scratch=given["scratch"],
+            allow_untested=untested,
+        )
+        if given["form"] == "json":
+            _json(told)
+        else:
+            click.echo(text.mutation(told, colour=_colour(given["no_color"])), nl=False)
+        ctx.exit(mutate.exit_code(told))
     if given["rehearse"]:
         from reconciler import rehearsal
 

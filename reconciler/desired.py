@@ -161,6 +161,12 @@ def _resolved(  # noqa: PLR0913, PLR0917 - what was parsed, for one target
     )
 
 
+def sources(directory: Path) -> dict[str, Path]:
+    """The file of every declared function, by its identity. The directory is one that `load` takes."""
+    sections, _, _, _ = _parsed(directory)
+    return {name: directory / entry.data["source"] for name, entry in sections.get("functions", {}).items()}
+
+
 def schema() -> dict[str, Json]:
     """JSON Schema of a state file, for editors: every section with its entries."""
     definitions: dict[str, Json] = {}

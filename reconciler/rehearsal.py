@@ -34,7 +34,7 @@ from reconciler.survey import survey
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from reconciler.model import Check, Desired, Plan, Policy, Verdict
+    from reconciler.model import Check, Desired, Plan, Policy, Target, Verdict
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Rehearsed:
     dsn: str
     version: str
     schema: str
+    target: Target
+    allow_functions: Sequence[str]
+    """The installed policy's."""
 
 
 def prove(
@@ -55,20 +58,28 @@ def prove(
     SandboxError, Refused when the live state does not allow the plan.
     """
     started = time.monotonic()
+    with prepared(dsn, desired, scratch=scratch, allow_untested=allow_untested) as copy:
+        verdicts = tuple(
+            _played(copy, check, Asked(desired, copy.allow_functions, inside=True))
+            for check in desired.checks.values()
+            if check.kind == CHECK.name
+        )
+    return report(copy.target, verdicts, time.monotonic() - started)
+
+
+@contextmanager
+def prepared(
+    dsn: str | None, desired: Desired, *, scratch: str | None = None, allow_untested: bool = False
+) -> Generator[Rehearsed]:
+    """A rehearsal of the target with the plan applied, for as long as the block runs. Raises as `prove` does."""
     with pg.connect(dsn, "prove") as conn:
         pg.check_version(conn, allow_untested=allow_untested)
         with pg.snapshot(conn):
             found = survey(conn, desired)
             plan = found.plan(datetime.now(UTC))
-            allowed = found.last.allow_functions
     with _scratch(scratch) as place:
-        copy = rehearse(dsn, place, desired, plan)
-        verdicts = tuple(
-            _played(copy, check, Asked(desired, allowed, inside=True))
-            for check in desired.checks.values()
-            if check.kind == CHECK.name
-        )
-    return report(found.target, verdicts, time.monotonic() - started)
+        version, schema = rehearse(dsn, place, desired, plan)
+        yield Rehearsed(place, version, schema, found.target, found.last.allow_functions)
 
 
 @contextmanager
@@ -88,8 +99,11 @@ def _scratch(dsn: str | None) -> Generator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def rehearse(dsn: str | None, scratch: str, desired: Desired, plan: Plan) -> Rehearsed:
-    """Make the scratch database what the target will be once the plan is applied. Raises UsageError, ServerProblem."""
+def rehearse(dsn: str | None, scratch: str, desired: Desired, plan: Plan) -> tuple[str, str]:
+    """Make the scratch database what the target will be once the plan is applied: (its version, schema digest).
+
+    Raises UsageError, ServerProblem.
+    """
     with pg.connect(dsn, "rehearse") as conn, pg.connect(scratch, "rehearse") as copy:
         if occupied := pg.rows(copy, sandbox.NOT_EMPTY.encode(), doing="looking whether the scratch database is empty"):
             raise UsageError(
@@ -112,7 +126,7 @@ def rehearse(dsn: str | None, scratch: str, desired: Desired, plan: Plan) -> Reh
             )
         version = copy.info.parameter_status("server_version") or ""
     lines = [line for line in schema.splitlines() if line and not line.startswith(("--", "\\", "SET "))]
-    return Rehearsed(scratch, version.split()[0], hashlib.sha256("\n".join(lines).encode()).hexdigest())
+    return version.split()[0], hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _played(copy: Rehearsed, check: Check, asked: Asked) -> Verdict:

@@ -451,7 +451,7 @@ Whether a VARIADIC argument is an array is judged by `parse_routine`."""
 STRINGS = (pb.Token.SCONST, pb.Token.USCONST)
 
 
-class _Body(NamedTuple):
+class Body(NamedTuple):
     """The body of a routine: its text; where it stands in the file with its quotes, and where it starts (bytes)."""
 
     text: str
@@ -471,7 +471,7 @@ def check_body(text: str) -> tuple[list[Trouble], bool]:
     options = {node.def_elem.defname: node.def_elem for node in statement.node.create_function_stmt.options}
     if "language" not in options or "as" not in options:
         return [], False
-    body = _body(text, options["as"])
+    body = body_of(text, options["as"])
     match options["language"].arg.string.sval:
         case "sql":
             return [_in_file(text, body, trouble) for trouble in statements_of(body.text)[1]], True
@@ -481,16 +481,16 @@ def check_body(text: str) -> tuple[list[Trouble], bool]:
             return [], False
 
 
-def _body(text: str, option: pb.DefElem) -> _Body:
-    """The string after AS; `option` is that of AS."""
+def body_of(text: str, option: pb.DefElem) -> Body:
+    """The string after AS of a CREATE FUNCTION; `option` is the AS option of its tree."""
     after = (token for token in tokens_of(text)[0] if token.start >= option.location and token.token in STRINGS)
     token = next(after)
     opening = re.match(rb"\$[^$]*\$|[eE]?'|[uU]&'", text.encode()[token.start : token.end])
     start = token.start + (len(opening[0]) if opening is not None else 0)
-    return _Body(strings(option.arg.list.items)[0], (token.start, token.end), start)
+    return Body(strings(option.arg.list.items)[0], (token.start, token.end), start)
 
 
-def _check_plpgsql(text: str, body: _Body) -> tuple[list[Trouble], bool]:
+def _check_plpgsql(text: str, body: Body) -> tuple[list[Trouble], bool]:
     error = _plpgsql_error(text)
     if error is None:
         return [], True
@@ -514,7 +514,7 @@ def _plpgsql_error(text: str) -> PgQueryError | None:
     return None
 
 
-def _error_line(text: str, body: _Body) -> int:
+def _error_line(text: str, body: Body) -> int:
     """The line of the body at which PostgreSQL gives up.
 
     postgast says only near which statement. So a brace, which no statement can hold, is put before one word after the
@@ -532,7 +532,7 @@ def _error_line(text: str, body: _Body) -> int:
     return inner.count(b"\n", 0, places[last]) + 1 if last >= 0 else 1
 
 
-def _in_file(text: str, body: _Body, trouble: Trouble) -> Trouble:
+def _in_file(text: str, body: Body, trouble: Trouble) -> Trouble:
     """The same trouble with its line counted in `text` instead of in the body."""
     start = at(text, body.start, "")
     if trouble.line is None or start.line is None or start.column is None:

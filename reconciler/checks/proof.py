@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -23,7 +26,7 @@ from reconciler.parts import QUERY_TIMEOUT_MS, Complaint, Context, identifier, r
 from reconciler.syntax import Trouble, at, quote_ident, single, strings
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 
     from google.protobuf.message import Message
 
@@ -72,11 +75,16 @@ class Expectation(Model):
 
 
 class Step(Model):
-    """`given` and `arm` prepare, `when` is the statement on trial, `then` is what it must come to."""
+    """`given` and `arm` prepare, `when` is the statement on trial, `then` is what it must come to.
+
+    With two sessions `holder` is what the other one does and keeps open while `when` runs; with `release` it ends its
+    transaction so as soon as `when` waits for it, which it then must.
+    """
 
     given: tuple[str, ...] = ()
     arm: dict[str, str | None] = {}
     holder: tuple[str, ...] = ()
+    release: Literal["commit", "rollback"] | None = None
     as_: str | None = Field(default=None, alias="as", min_length=1)
     when: str
     within: Duration | None = None
@@ -101,12 +109,12 @@ class SingleProof(Step):
 
 
 class SteppedProof(Model):
-    """A proof of several steps. Each goes on where the one before ended."""
+    """A proof of several steps. Each goes on where the one before ended; with two sessions, where its `given` ended."""
 
     reason: str = Field(min_length=1)
     requires: tuple[Precondition, ...] = ()
     advances: tuple[str, ...] = ()
-    sessions: Literal[1] = 1
+    sessions: Literal[1, 2] = 1
     steps: tuple[Step, ...] = Field(min_length=1)
 
 
@@ -292,11 +300,12 @@ def _complaints(
 ) -> Iterator[Complaint]:
     for path, step in steps.items():
         if declaration.sessions == 1:
-            for key in ("holder", "within"):
+            for key in ("holder", "within", "release"):
                 if getattr(step, key):
                     yield Complaint((*path, key), f"`{key}` needs `sessions: 2`")
         elif not step.holder:
-            yield Complaint(("sessions",), "`sessions: 2` needs `holder`: what the other session does and keeps open")
+            where = path or ("sessions",)
+            yield Complaint(where, "`sessions: 2` needs `holder`: what the other session does and keeps open")
     for number, text in enumerate(declaration.advances):
         try:
             relation(text)
@@ -412,27 +421,20 @@ def _in_savepoint(conn: pg.Connection, check: Check, spec: ProofSpec, asked: Ask
 def rehearse(conn: pg.Connection, other: pg.Connection, check: Check, asked: Asked) -> Verdict:
     """Play a proof for two sessions. Only on a rehearsal: what is given is committed, so that `other` can see it.
 
-    `other` does what `holder` says and keeps its transaction open while `when` runs. Gates are put back afterwards.
+    `other` does what `holder` says and keeps its transaction open while `when` runs, or until `when` waits for it.
+    Gates are put back afterwards.
     """
     spec = check.spec
     if not isinstance(spec, ProofSpec):
         raise TypeError(spec)
-    policy = asked.desired.policy.apply
     status, detail, missing = "rehearsed", _size(spec), ""
-    (step,) = spec.steps
     restore = {gate: _gate_value(conn, store, gate) for gate, store in spec.stores.items()}
     try:
         stage = _begun(conn, asked)
         _ready(stage, spec, asked)
-        _prepare(stage, step, spec)
         pg.run(conn, "COMMIT")
-        held = _begun(other, asked)
-        for number, text in enumerate(step.holder, 1):
-            _must(held.at(f"holder {number}"), text)
-        within = milliseconds(step.within or policy.statement_timeout)
-        stage = replace(_begun(conn, asked), timeout_ms=within)
-        _try(stage, step)
-        _end(stage)
+        for number, step in enumerate(spec.steps, 1):
+            _with_holder(conn, other, step, spec, asked, f"step {number}: " if len(spec.steps) > 1 else "")
     except _Failed as failure:
         status, detail = "failed", str(failure)
     except _NotJudged as obstacle:
@@ -444,6 +446,56 @@ def rehearse(conn: pg.Connection, other: pg.Connection, check: Check, asked: Ask
     _arm(_begun(conn, asked), restore, spec.stores)
     pg.run(conn, "COMMIT")
     return Verdict(address=check.address, status=cast("Any", status), detail=detail, missing=missing)
+
+
+def _with_holder(  # noqa: PLR0913, PLR0917 - two sessions, one step of one proof, asked so, and where it stands
+    conn: pg.Connection, other: pg.Connection, step: Step, spec: ProofSpec, asked: Asked, where: str
+) -> None:
+    """One step for two sessions; what it did after its `given` is rolled back. Raises _Failed, _NotJudged."""
+    stage = replace(_begun(conn, asked), where=where)
+    _prepare(stage, step, spec)
+    pg.run(conn, "COMMIT")
+    held = replace(_begun(other, asked), where=where)
+    for number, text in enumerate(step.holder, 1):
+        _must(held.at(f"holder {number}"), text)
+    within = milliseconds(step.within or asked.desired.policy.apply.statement_timeout)
+    stage = replace(_begun(conn, asked), timeout_ms=within, where=where)
+    with _released(conn, other, step, within):
+        _try(stage, step)
+    _end(stage)
+    conn.rollback()
+    other.rollback()
+
+
+@contextmanager
+def _released(conn: pg.Connection, other: pg.Connection, step: Step, within: int) -> Generator[None]:
+    """While the block runs: end the transaction of `other` as `release` says, once `conn` waits for it. Raises _Failed.
+
+    within: milliseconds after which nobody waits any more.
+    """
+    if step.release is None:
+        yield
+        return
+    waiter, done, waited = conn.info.backend_pid, threading.Event(), threading.Event()
+
+    def watch() -> None:
+        until = time.monotonic() + within / 1000
+        while not done.wait(0.005) and time.monotonic() < until:
+            query = "SELECT pg_catalog.pg_backend_pid() = ANY (pg_catalog.pg_blocking_pids(%s)) AS waits"
+            if pg.rows(other, query, (waiter,))[0]["waits"]:
+                waited.set()
+                pg.run(other, "COMMIT" if step.release == "commit" else "ROLLBACK")
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+    if not waited.is_set():
+        raise _Failed("the statement did not wait for the holder")
 
 
 def _begun(conn: pg.Connection, asked: Asked) -> _Stage:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Target,
         Verdict,
     )
+    from reconciler.mutate import MutationReport
     from reconciler.prove import ProofReport
 
 COLOURS = {"+": "32", "~": "33", "-": "31", "!": "1;31", ".": "36", "-/+": "31", "?": "1;31"}
@@ -85,19 +86,22 @@ def checks_line(invariants: Sequence[Verdict], proofs: Sequence[Verdict] = (), s
         return sum(verdict.status == status for verdict in verdicts)
 
     later = of(invariants, "deferred")
-    failed, waiting = of(proofs, "failed"), of(proofs, "deferred")
+    failed, unjudged, waiting = of(proofs, "failed"), of(proofs, "not_judged"), of(proofs, "deferred")
+    hidden = of(surface, "not_judged")
     return (
         f"Invariants: {of(invariants, 'held')} held, {of(invariants, 'violated')} violated,"
         f" {of(invariants, 'attested')} attested, {of(invariants, 'not_judged')} not judged"
         + (f", {later} judged in apply" if later else "")
         + f". Proofs: {of(proofs, 'passed')} passed, {of(proofs, 'rehearsed')} rehearsed"
         + (f", {failed} failed" if failed else "")
+        + (f", {unjudged} not judged" if unjudged else "")
         + (f", {waiting} not run" if waiting else "")
         + (
-            f". Surface: {len(surface)} rows compared in apply."
+            f". Surface: {len(surface)} rows compared in apply"
             if of(surface, "deferred")
-            else f". Surface: {of(surface, 'predicted')} of {len(surface)} as predicted."
+            else f". Surface: {of(surface, 'predicted')} of {len(surface)} as predicted"
         )
+        + (f", {hidden} not judged." if hidden else ".")
     )
 
 
@@ -210,6 +214,38 @@ def proofs(found: ProofReport, *, colour: bool) -> str:
     words = ("passed", "rehearsed", "failed", "not_judged", "deferred")
     told = ", ".join(f"{numbers[word]} {word.replace('_', ' ')}" for word in words if numbers[word] or word == "passed")
     page.line("", f"Proofs: {told}; {found.seconds:.2f} s. Everything was rolled back.")
+    return page.text()
+
+
+def mutation(found: MutationReport, *, colour: bool) -> str:
+    """How many faults of each kind were planted and noticed, and every one that was not."""
+    page = _Page(colour)
+    page.line(f"{_target(found.target)}, rehearsed on PostgreSQL {found.server_version}")
+    for mutator, tally in found.mutants.items():
+        rest = f", {tally.equivalent} equivalent" * bool(tally.equivalent)
+        rest += f", {tally.refused} refused by PostgreSQL" * bool(tally.refused)
+        symbol = "!" if tally.survived else ""
+        alive = f", {tally.survived} not noticed" * bool(tally.survived)
+        page.line(f"  {symbol or ' '} {mutator}: {tally.killed} of {tally.planted} noticed{rest}{alive}", symbol=symbol)
+    alive = [each for each in found.survivors if not each.because]
+    if alive:
+        page.line("", "No proof notices:")
+    for each in alive:
+        page.line(f"  ! {each.id} {each.place}: {each.mutator}", symbol="!")
+        page.line(f"      - {each.before}", f"      + {each.after}")
+    for name, reason in found.unparsed.items():
+        page.line(f"Not mutated: {name}: {reason}")
+    if found.idle:
+        page.line(f"Proofs that noticed nothing first: {', '.join(found.idle)}.")
+    if found.unknown:
+        page.line(f"No longer a mutant, take it out of the file of equivalents: {', '.join(found.unknown)}.")
+    planted = sum(tally.planted for tally in found.mutants.values())
+    killed = sum(tally.killed for tally in found.mutants.values())
+    same = len(found.survivors) - len(alive)
+    page.line(
+        "",
+        f"Mutants: {killed} of {planted} noticed, {same} equivalent, {len(alive)} not noticed; {found.seconds:.0f} s.",
+    )
     return page.text()
 
 
