@@ -35,6 +35,28 @@ from reconciler.syntax import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+CATALOG = frozenset(
+    """
+    acldefault aclexplode col_description current_database current_schema current_schemas format_type
+    has_any_column_privilege has_column_privilege has_database_privilege has_foreign_data_wrapper_privilege
+    has_function_privilege has_language_privilege has_parameter_privilege has_schema_privilege has_sequence_privilege
+    has_server_privilege has_table_privilege has_tablespace_privilege has_type_privilege makeaclitem obj_description
+    oidvectortypes pg_basetype pg_collation_for pg_column_compression pg_column_size pg_describe_object
+    pg_encoding_to_char pg_function_is_visible pg_get_constraintdef pg_get_expr pg_get_function_arg_default
+    pg_get_function_arguments pg_get_function_identity_arguments pg_get_function_result pg_get_function_sqlbody
+    pg_get_functiondef pg_get_indexdef pg_get_partition_constraintdef pg_get_partkeydef pg_get_ruledef
+    pg_get_serial_sequence pg_get_statisticsobjdef pg_get_triggerdef pg_get_userbyid pg_get_viewdef pg_has_role
+    pg_identify_object pg_identify_object_as_address pg_partition_root pg_size_bytes pg_size_pretty
+    pg_table_is_visible pg_type_is_visible pg_typeof pg_wal_lsn_diff row_security_active
+    shobj_description to_regclass to_regcollation to_regnamespace to_regoper to_regoperator to_regproc to_regprocedure
+    to_regrole to_regtype version
+    """.split()
+)
+"""Functions that say what the catalog says: names, definitions, comments, privileges. FROM does not show what they read.
+
+No pg_input_is_valid: it runs the code of types.
+"""
+
 FUNCTIONS = frozenset(
     # Numbers. No factorial: its cost grows faster than its argument.
     """
@@ -85,22 +107,7 @@ FUNCTIONS = frozenset(
     """.split()
     # Network addresses.
     + "abbrev broadcast family host hostmask inet_merge inet_same_family masklen netmask network set_masklen".split()
-    # What the catalog says: names, definitions, comments, privileges. No pg_input_is_valid: it runs the code of types.
-    + """
-    acldefault aclexplode col_description current_database current_schema current_schemas format_type
-    has_any_column_privilege has_column_privilege has_database_privilege has_foreign_data_wrapper_privilege
-    has_function_privilege has_language_privilege has_parameter_privilege has_schema_privilege has_sequence_privilege
-    has_server_privilege has_table_privilege has_tablespace_privilege has_type_privilege makeaclitem obj_description
-    oidvectortypes pg_basetype pg_collation_for pg_column_compression pg_column_size pg_describe_object
-    pg_encoding_to_char pg_function_is_visible pg_get_constraintdef pg_get_expr pg_get_function_arg_default
-    pg_get_function_arguments pg_get_function_identity_arguments pg_get_function_result pg_get_function_sqlbody
-    pg_get_functiondef pg_get_indexdef pg_get_partition_constraintdef pg_get_partkeydef pg_get_ruledef
-    pg_get_serial_sequence pg_get_statisticsobjdef pg_get_triggerdef pg_get_userbyid pg_get_viewdef pg_has_role
-    pg_identify_object pg_identify_object_as_address pg_partition_root pg_size_bytes pg_size_pretty
-    pg_table_is_visible pg_type_is_visible pg_typeof pg_wal_lsn_diff row_security_active
-    shobj_description to_regclass to_regcollation to_regnamespace to_regoper to_regoperator to_regproc to_regprocedure
-    to_regrole to_regtype version
-    """.split()
+    + sorted(CATALOG)
 )
 """Functions of pg_catalog, every overload of them IMMUTABLE or STABLE.
 
@@ -279,10 +286,14 @@ NAMES = {
 
 
 class QueryReport(NamedTuple):
-    """What `check_query` found: everything wrong, and the relations that are read, `schema.relation`, sorted."""
+    """What `check_query` found: everything wrong, and the relations that are read, `schema.relation`, sorted.
+
+    functions: names of the functions that are called, as they are written.
+    """
 
     troubles: list[Trouble]
     relations: tuple[str, ...]
+    functions: frozenset[str] = frozenset()
 
 
 def check_query(text: str, allow_functions: Sequence[str] = ()) -> QueryReport:
@@ -299,7 +310,27 @@ def check_query(text: str, allow_functions: Sequence[str] = ()) -> QueryReport:
     checker.check_end()
     if statement.node.select_stmt.values_lists:
         checker.refuse(statement.start, "VALUES alone is not allowed here; write a SELECT")
-    return QueryReport(checker.sorted_troubles(), tuple(sorted(checker.relations)))
+    return QueryReport(checker.sorted_troubles(), tuple(sorted(checker.relations)), frozenset(checker.functions))
+
+
+def counted(text: str) -> str | None:
+    """The relation, `schema.relation`, when the query is SELECT count(*) of all its rows and nothing else."""
+    statement, _ = single(text)
+    if statement is None or not statement.node.HasField("select_stmt"):
+        return None
+    select = pb.SelectStmt()
+    select.CopyFrom(statement.node.select_stmt)
+    if len(select.target_list) != 1 or len(select.from_clause) != 1 or select.op != pb.SETOP_NONE:
+        return None
+    call, table = select.target_list[0].res_target.val.func_call, select.from_clause[0].range_var
+    if not (call.agg_star and strings(call.funcname)[-1] == "count" and table.schemaname and table.inh):
+        return None
+    name = f"{quote_ident(table.schemaname)}.{quote_ident(table.relname)}"
+    for field in ("funcname", "agg_star", "funcformat", "location"):
+        call.ClearField(field)
+    for field in ("target_list", "from_clause", "limit_option", "op"):
+        select.ClearField(field)
+    return name if select == pb.SelectStmt() and call == pb.FuncCall() else None
 
 
 def check_expression(text: str, allow_functions: Sequence[str] = ()) -> list[Trouble]:
@@ -368,6 +399,7 @@ class _Checker:
         self.one_row = one_row
         self.troubles: list[Trouble] = []
         self.relations: set[str] = set()
+        self.functions: set[str] = set()
         self.place = 0
 
     def refuse(self, location: int, message: str) -> None:
@@ -455,6 +487,7 @@ class _Checker:
         """A function of the lists, or one that the policy names with its schema."""
         names = strings(node.funcname)
         name = names[-1]
+        self.functions.add(name)
         if len(names) == 1 or names[:-1] == ("pg_catalog",):
             known = name in (FUNCTIONS - SETS if self.one_row else FUNCTIONS | AGGREGATES | WINDOWS)
             known = known or f"pg_catalog.{name}" in self.policy

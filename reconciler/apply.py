@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
-from reconciler import approve, capabilities, ledger, live, pg, setup
+from reconciler import approve, capabilities, ledger, live, pg, settle, setup
 from reconciler.diff import changes as diff_changes
 from reconciler.errors import (
     Locked,
     MissingPrivilege,
     NotApproved,
-    OutcomeUnknown,
     ReconcilerError,
     Refused,
     ServerProblem,
@@ -41,7 +40,6 @@ from reconciler.model import (
     Outcome,
     Plan,
     Policy,
-    Target,
     Verdict,
     blocking,
     milliseconds,
@@ -50,7 +48,7 @@ from reconciler.model import (
 from reconciler.plan import stamp
 from reconciler.record import Progress, Record, Request
 from reconciler.survey import Survey, survey
-from reconciler.trust import EDITED, check_plan
+from reconciler.trust import EDITED, check_plan, same_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -89,8 +87,8 @@ class _Run:
 def apply(request: Request, progress: Progress) -> Outcome:
     """Apply the plan, or change nothing. `progress`: a Record is asked afterwards what a failed run had done.
 
-    Raises PlanDamaged, UsageError, ServerProblem, Violated, NotApproved, Stale, Locked; OutcomeUnknown when the
-    connection was lost while COMMIT was under way and the ledger could not be asked.
+    Raises PlanDamaged, UsageError, ServerProblem, Violated, ProofFailed, NotApproved, Stale, Locked; OutcomeUnknown
+    when the connection was lost while COMMIT was under way and the ledger could not be asked.
     """
     record = progress if isinstance(progress, Record) else Record(progress)
     progress = record
@@ -113,11 +111,13 @@ def apply(request: Request, progress: Progress) -> Outcome:
         )
         record.begun = True
         _transaction(conn, run)
-    progress("after", "planning again on a new connection")
     try:
+        progress("after", "planning again on a new connection")
         problems = _after(request, desired)
     except KeyboardInterrupt:
-        problems = ["interrupted before planning again"]
+        problems = ["not planned again: interrupted"]
+    except Exception as error:  # noqa: BLE001 - the change stands, whatever goes wrong in looking at it
+        problems = [f"not planned again: {type(error).__name__}: {error}"]
     record.end()
     return record.outcome(request, "applied", problems)
 
@@ -130,7 +130,7 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> ledge
     plan = request.plan
     with pg.snapshot(conn):
         target = live.identify(conn, desired)
-        _same_target(plan.target, target)
+        same_target(plan.target, target)
         last = ledger.last(conn, desired.name)
         if not last.readable:
             raise MissingPrivilege(last.findings[0].message)
@@ -162,15 +162,6 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> ledge
     return last
 
 
-def _same_target(planned: Target, found: Target) -> None:
-    for name in ("name", "database", "system_identifier"):
-        if getattr(planned, name) != getattr(found, name):
-            raise Stale(
-                f"The plan is for {name.replace('_', ' ')} {getattr(planned, name)}, this is {getattr(found, name)}.",
-                hint="Apply it where it was made for, or plan again here.",
-            )
-
-
 def _server_time(conn: pg.Connection) -> datetime:
     return pg.rows(conn, "SELECT pg_catalog.clock_timestamp() AS now")[0]["now"]
 
@@ -199,8 +190,21 @@ def _transaction(conn: pg.Connection, run: _Run) -> None:
             record.finished_at = stamp(_server_time(conn))
         raise
     record("commit")
-    _commit(conn, run, xid)
-    record.committed = True
+    settle.commit(conn, _case(run, xid), record)
+
+
+def _case(run: _Run, xid: str) -> settle.Case:
+    """What must be known to find out later whether the run was committed."""
+    asked = run.request
+    return settle.Case(
+        dsn=asked.dsn,
+        plan=asked.plan,
+        desired=run.desired,
+        run_id=run.run_id,
+        transaction_id=xid,
+        command=asked.settle_by,
+        allow_untested=asked.allow_untested,
+    )
 
 
 def _begin_and_lock(conn: pg.Connection, run: _Run) -> str:
@@ -301,7 +305,7 @@ def _unchanged(conn: pg.Connection, run: _Run) -> _Confirmed:
     run.progress("read", "planning again under the locks")
     found = survey(conn, run.desired)
     plan = run.request.plan
-    _same_target(plan.target, found.target)
+    same_target(plan.target, found.target)
     try:
         again = found.plan(_server_time(conn))
     except Refused as error:
@@ -388,7 +392,7 @@ def _execute(conn: pg.Connection, run: _Run) -> None:
             )
             if statement.role is not None:
                 pg.run(conn, "SET LOCAL ROLE NONE")
-        if change.kind == "marker":
+        if change.kind == "marker" and change.after is not None:
             _marker_is_there(conn, run, change, answer)
     pg.run(conn, "SET LOCAL search_path = ''")
 
@@ -550,6 +554,7 @@ def manifest(desired: Desired, found: Live) -> dict[str, Governed]:
             facts={key: value for key, value in found.facts[address].items() if key in {"xmin", "updated_at"}},
         )
         for address, item in desired.items.items()
+        if address in found.items
     }
     return entries | {
         address: Governed(kind=check.kind, name=check.name, spec=check.spec.dump())
@@ -578,48 +583,6 @@ def _roll_back(conn: pg.Connection) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- the end
-
-
-def _commit(conn: pg.Connection, run: _Run, xid: str) -> None:
-    """COMMIT; when the answer is lost, ask the ledger and pg_xact_status on a new connection."""
-    try:
-        conn.execute("COMMIT")
-    except KeyboardInterrupt:
-        # Too late to stop it, or just in time: only the server knows.
-        if not _was_committed(run, xid):
-            raise
-    except psycopg.Error as error:
-        if not (conn.closed or conn.broken):
-            # The server answered: it refused, and has rolled back.
-            raise pg.translated(error, "COMMIT") from error
-        if not _was_committed(run, xid):
-            raise ServerProblem(
-                "The connection was lost before COMMIT; the server rolled back.",
-                hint="Nothing was changed. Apply again.",
-            ) from error
-
-
-def _was_committed(run: _Run, xid: str, patience: float = 10.0) -> bool:
-    """Did the transaction commit? Raises OutcomeUnknown when nobody can say within `patience` seconds."""
-    until = time.monotonic() + patience
-    while time.monotonic() < until:
-        try:
-            with pg.connect(run.request.dsn, "settle") as conn, pg.snapshot(conn):
-                _same_target(run.request.plan.target, live.identify(conn, run.desired))
-                query = "SELECT pg_catalog.pg_xact_status(%s::pg_catalog.xid8) AS status"
-                status = pg.rows(conn, query, (xid,))[0]["status"]
-                last = ledger.last(conn, run.desired.name)
-            if status == "committed" or (last.entry and last.entry.run_id == run.run_id):
-                return True
-            if status == "aborted":
-                return False
-        except ReconcilerError:
-            pass
-        time.sleep(0.5)
-    raise OutcomeUnknown(
-        f"The connection was lost while COMMIT was under way, and the server cannot be asked (run {run.run_id}).",
-        hint="When it is back, `reconciler plan` shows no changes if it was committed, the same plan if not.",
-    )
 
 
 def _after(request: Request, desired: Desired) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from reconciler.errors import NotApproved, PlanDamaged, UsageError, Violated
+from reconciler.errors import NotApproved, PlanDamaged, ProofFailed, UsageError, Violated
 from reconciler.model import Approval, Plan, Policy, Verdict, canonical, milliseconds
 from reconciler.plan import read, stamp
 from reconciler.trust import check_plan
@@ -106,20 +106,29 @@ def _check_words(approver: str, reason: str) -> None:
 
 
 def refuse_blocked(plan: Plan) -> None:
-    """Raise Violated when a check forbids this plan, naming each."""
+    """Raise Violated, or ProofFailed, when a check forbids this plan, naming each."""
     refuse(plan.blocking)
 
 
 def refuse(verdicts: Sequence[Verdict]) -> None:
-    """Raise Violated for the verdicts that block, naming each."""
-    if verdicts:
-        count = len(verdicts)
-        raise Violated(
-            f"{count} check{'' if count == 1 else 's'} not passed; nothing can be applied.",
-            details=[f"{verdict.address}: {verdict.status}: {verdict.detail}" for verdict in verdicts],
-            hint="An invariant is never fixed by an apply. Find out who broke it, or what privilege is missing.",
+    """Raise Violated for the verdicts that block, naming each; ProofFailed when all of them are proofs'."""
+    if not verdicts:
+        return
+    count = len(verdicts)
+    details = [f"{verdict.address}: {verdict.status}: {verdict.detail}" for verdict in verdicts]
+    if all(verdict.address.startswith("proof.") for verdict in verdicts):
+        raise ProofFailed(
+            f"{count} proof{'' if count == 1 else 's'} not passed; nothing can be applied.",
+            details=details,
+            hint="Look at the function on trial and at the step of the proof that is named.",
             verdicts=verdicts,
         )
+    raise Violated(
+        f"{count} check{'' if count == 1 else 's'} not passed; nothing can be applied.",
+        details=details,
+        hint="An invariant is never fixed by an apply. Find out who broke it, or what privilege is missing.",
+        verdicts=verdicts,
+    )
 
 
 def load(path: Path) -> Approval:

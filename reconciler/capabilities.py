@@ -22,7 +22,7 @@ def check(conn: pg.Connection, plan: Plan, target: Target, *, ledger_exists: boo
     role = pg.rows(conn, "SELECT current_user::pg_catalog.text AS role")[0]["role"]
     lacking: list[str] = []
 
-    def ask(query: sql.SQL, params: Sequence[Any], missing: str) -> None:
+    def ask(query: sql.SQL | sql.Composed, params: Sequence[Any], missing: str) -> None:
         # NULL: the object is not there yet; then this plan creates it, or executing says so.
         if pg.rows(conn, query, params)[0]["may"] is False and missing not in lacking:
             lacking.append(missing)
@@ -44,19 +44,20 @@ def check(conn: pg.Connection, plan: Plan, target: Target, *, ledger_exists: boo
                 (after["owner"], after["schema_name"]),
                 f"CREATE on schema {after['schema_name']} for role {after['owner']}",
             )
-        if change.kind in {"gate", "marker"} and after:
+        if change.kind in {"gate", "marker"} and "forget" not in change.actions:
             rules = plan.desired["items"][change.address]["rules"]
-            if rules.get("via"):
+            if rules.get("via") and after:
                 continue
-            verb = "INSERT" if change.before is None else "UPDATE"
+            verb = "INSERT" if change.before is None else "UPDATE" if after else "DELETE"
+            table: str = (after or change.before or {})["table"]
             ask(
                 sql.SQL(
-                    "SELECT (SELECT pg_catalog.has_any_column_privilege(c.oid, %s) FROM pg_catalog.pg_class c"
+                    "SELECT (SELECT pg_catalog.{}(c.oid, %s) FROM pg_catalog.pg_class c"
                     " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
                     " WHERE n.nspname = %s AND c.relname = %s) AS may"
-                ),
-                (verb, *relation(after["table"])),
-                f"{verb} on {after['table']}",
+                ).format(sql.SQL("has_table_privilege" if verb == "DELETE" else "has_any_column_privilege")),
+                (verb, *relation(table)),
+                f"{verb} on {table}",
             )
     if ledger_exists:
         ask(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from reconciler import __version__
-from reconciler.errors import InputError, ReconcilerError
+from reconciler.errors import InputError, Interrupted, ReconcilerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -332,8 +333,8 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
         initialize=given["initialize"],
         allow_untested=given["allow_untested_server"],
     )
-    parent = Path(os.environ.get("RECONCILER_EVIDENCE") or "evidence")
-    place = given["evidence"] or parent / evidences.default_name(request.run_id, datetime.now(UTC))
+    place = given["evidence"] or _evidence_parent() / evidences.default_name(request.run_id, datetime.now(UTC))
+    request = replace(request, settle_by=_settle_command(ctx, place))
     kept = _Kept(
         evidences.Folder(place),
         made,
@@ -349,13 +350,18 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         done = applying.apply(request, record)
-    except (ReconcilerError, KeyboardInterrupt) as error:
-        if record.begun:
-            for problem in kept.write(record.failed(request, error), None):
-                click.echo(problem, err=True)
-        else:
-            kept.folder.give_back()
-        raise
+    except (ReconcilerError, KeyboardInterrupt) as raised:
+        _ignore_signals()
+        error = record.interrupted(request) if isinstance(raised, KeyboardInterrupt) else raised
+        done = record.failed(request, error)
+        if not record.committed:
+            if record.begun:
+                for problem in kept.write(done, None):
+                    click.echo(problem, err=True)
+            else:
+                kept.folder.give_back()
+            raise error from raised
+    _ignore_signals()
     done = done.model_copy(update={"problems": (*done.problems, *kept.write(done, record.entry))})
     try:
         if given["form"] == "json":
@@ -367,6 +373,52 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
         # It is committed: that nobody could read so must not look like a failure.
         sys.stdout = None
     ctx.exit(0)
+
+
+@cli.command()
+@click.argument("run", metavar="EVIDENCE", type=click.Path(path_type=Path))
+@_server_options
+@_output_options
+@click.pass_context
+def settle(ctx: click.Context, run: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
+    """Find out what became of a run whose answer to COMMIT was lost (apply exited 5), and complete its EVIDENCE.
+
+    EVIDENCE is the folder that the run left, or the run's id when the folder is where apply puts it. Only reads the
+    database, and can be repeated. Exit codes: 0 it was committed, 1 it was rolled back and nothing was changed (apply
+    again), 5 nobody can say yet (ask again later).
+
+    \b
+    Examples:
+      reconciler settle evidence/20260522T120000Z-1f0c9a52-... --dsn postgresql://operator@db/app
+      reconciler settle 1f0c9a52-6d0e-4a8e-9a43-0d6c3f0b3a11 --format json
+    """
+    from reconciler import evidence as evidences
+    from reconciler import plan as plans
+    from reconciler import settle as settling
+    from reconciler.render import html, markdown, text
+
+    place = evidences.find(run, _evidence_parent())
+    kept = evidences.load(place)
+    if kept.outcome == "unknown":
+        made, _ = plans.load(place / "plan.json")
+        kept, entry = settling.resolve(
+            given["dsn"],
+            kept,
+            made,
+            command=_settle_command(ctx, place),
+            allow_untested=given["allow_untested_server"],
+        )
+        pages = {"report.md": markdown.evidence(kept), "report.html": html.evidence(kept)}
+        evidences.complete(place, kept, entry, pages)
+        click.echo(f"Evidence: {place}", err=True)
+    else:
+        click.echo("Nothing to settle: the evidence says what became of the run.", err=True)
+    if given["form"] == "json":
+        _json(kept)
+    else:
+        colour = _colour(given["no_color"])
+        click.echo(text.evidence(kept, colour=colour, verbose=given["verbose"]), nl=False)
+    ctx.exit(0 if kept.outcome == "applied" else 1)
 
 
 @dataclass(frozen=True)
@@ -401,6 +453,28 @@ class _Kept:
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    """From here on the outcome is known and is told, however often somebody presses Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _evidence_parent() -> Path:
+    return Path(os.environ.get("RECONCILER_EVIDENCE") or "evidence")
+
+
+def _settle_command(ctx: click.Context, place: Path) -> str:
+    """What to type when the answer to COMMIT is lost: with the server as it was given here, but never its password."""
+    from reconciler import pg
+
+    words = ["reconciler", "settle", str(place)]
+    if ctx.get_parameter_source("dsn") == click.core.ParameterSource.COMMANDLINE:
+        words += ["--dsn", pg.without_password(ctx.params["dsn"])]
+    if ctx.params["allow_untested_server"]:
+        words.append("--allow-untested-server")
+    return shlex.join(words)
 
 
 def _ask(made: Plan, checksum: str, *, colour: bool) -> list[Approval]:
@@ -705,6 +779,8 @@ def _fail(error: ReconcilerError) -> int:
 
     if isinstance(error, InputError):
         lines = [*error.details, f"Error: {error.message}"]
+    elif isinstance(error, Interrupted):
+        lines = [error.message]
     else:
         lines = [f"Error: {error.message}", *(f"  {detail}" for detail in error.details)]
     if error.hint:
@@ -734,7 +810,7 @@ def main() -> NoReturn:
     except ReconcilerError as error:
         sys.exit(_fail(error))
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. Whatever was under way was rolled back.", err=True)
+        click.echo("Interrupted.", err=True)
         sys.exit(1)
     except BrokenPipeError:
         # The reader of our output went away, as `| head` does.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, LiteralString
 
 from reconciler import pg
 from reconciler.parts import relation
+from reconciler.syntax import quote_ident
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def of_table(conn: Connection, name: str) -> list[str] | None:
     """Every fact of a table: columns, constraints with validity, indexes, triggers with state and the bodies of their
-    functions, rules, policies, owner, grants. None when there is no such relation.
+    functions, rules, policies, owner, every grant. None when there is no such relation.
     """
     schema, relname = relation(name)
     found = pg.rows(conn, _TABLE, (schema, relname), doing=f"reading the definition of {name}")
@@ -41,6 +42,11 @@ def of_table(conn: Connection, name: str) -> list[str] | None:
         lines += [row["line"] for row in rows]
     triggers = pg.rows(conn, _TRIGGERS, {"oid": table["oid"]}, doing=f"reading the triggers of {name}")
     return [*lines, *(_trigger(row) for row in triggers)]
+
+
+def reading(role: str) -> str:
+    """How each line begins that says that this role may read a table, or columns of it, and may not pass that on."""
+    return f"grant to {role if role == 'PUBLIC' else quote_ident(role)}: SELECT "
 
 
 def of_functions(conn: Connection, schema: str, pattern: str) -> list[str]:
@@ -79,12 +85,7 @@ SELECT pg_catalog.concat_ws(' ', 'column', pg_catalog.quote_ident(a.attname),
            CASE WHEN a.attnotnull THEN 'not null' END,
            CASE a.attidentity WHEN 'a' THEN 'identity always' WHEN 'd' THEN 'identity by default' END,
            CASE a.attgenerated WHEN '' THEN 'default' ELSE 'generated' END || ' '
-               || pg_catalog.pg_get_expr(d.adbin, d.adrelid),
-           (SELECT 'grants ' || pg_catalog.string_agg(g.line, ', ' ORDER BY g.line)
-              FROM (SELECT coalesce(r.rolname, 'PUBLIC') || ':' || x.privilege_type
-                           || CASE WHEN x.is_grantable THEN '*' ELSE '' END AS line
-                      FROM pg_catalog.aclexplode(a.attacl) x LEFT JOIN pg_catalog.pg_roles r ON r.oid = x.grantee
-                     WHERE x.privilege_type <> 'SELECT' OR x.is_grantable) g)
+               || pg_catalog.pg_get_expr(d.adbin, d.adrelid)
        ) AS line
   FROM pg_catalog.pg_attribute a
   JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
@@ -129,19 +130,20 @@ SELECT line FROM (
     SELECT 3, 'inherits ' || h.inhparent::pg_catalog.regclass::pg_catalog.text
       FROM pg_catalog.pg_inherits h WHERE h.inhrelid = %(oid)s
     UNION ALL
-    SELECT 4, pg_catalog.concat_ws(' ', 'grant', coalesce(r.rolname, 'PUBLIC'), 'by',
-                                   pg_catalog.pg_get_userbyid(x.grantor)::pg_catalog.text || ':',
-                pg_catalog.string_agg(x.privilege_type || CASE WHEN x.is_grantable THEN '*' ELSE '' END, ', '
-                                      ORDER BY x.privilege_type))
-      FROM pg_catalog.pg_class c
-     CROSS JOIN LATERAL pg_catalog.aclexplode(coalesce(c.relacl, pg_catalog.acldefault('r', c.relowner))) x
-      LEFT JOIN pg_catalog.pg_roles r ON r.oid = x.grantee
+    SELECT 4, pg_catalog.concat_ws(' ', CASE WHEN x.is_grantable THEN 'grantable' ELSE 'grant' END, 'to',
+                CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(x.grantee))
+                END || ':', x.privilege_type, x.place, 'by',
+                pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(x.grantor)))
+      FROM (SELECT c.relowner, NULL AS place, (pg_catalog.aclexplode(
+                       coalesce(c.relacl, pg_catalog.acldefault('r', c.relowner)))).*
+              FROM pg_catalog.pg_class c WHERE c.oid = %(oid)s
+            UNION ALL
+            SELECT c.relowner, '(' || pg_catalog.quote_ident(a.attname) || ')', (pg_catalog.aclexplode(a.attacl)).*
+              FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
+             WHERE a.attrelid = %(oid)s AND NOT a.attisdropped) AS x
      -- MAINTAIN came with 17; an owner's own rights by default are not worth a difference between majors.
-     -- Who may only look changes nothing: the role that plans is given SELECT on what it judges.
-     WHERE c.oid = %(oid)s AND x.privilege_type <> 'MAINTAIN'
-       AND (x.privilege_type <> 'SELECT' OR x.is_grantable OR x.grantee = c.relowner)
-     GROUP BY r.rolname, x.grantor
-) AS facts ORDER BY part, line
+     WHERE x.privilege_type <> 'MAINTAIN' OR x.grantee <> x.relowner
+) AS facts ORDER BY part, line COLLATE "C"
 """
 
 _ROUTINE = """
@@ -156,11 +158,13 @@ _ROUTINE = """
            'arguments (' || pg_catalog.pg_get_function_arguments(p.oid) || ')',
            'set ' || pg_catalog.array_to_string(p.proconfig, '; '),
            'owner ' || pg_catalog.pg_get_userbyid(p.proowner)::pg_catalog.text,
-           'execute ' || (SELECT pg_catalog.string_agg(
-                                     coalesce(r.rolname, 'PUBLIC') || CASE WHEN x.is_grantable THEN '*' ELSE '' END,
-                                     ', ' ORDER BY coalesce(r.rolname, 'PUBLIC'))
-                            FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) x
-                            LEFT JOIN pg_catalog.pg_roles r ON r.oid = x.grantee)
+           'execute ' || (SELECT pg_catalog.string_agg(g.line, ', ' ORDER BY g.line COLLATE "C")
+                            FROM (SELECT CASE x.grantee WHEN 0 THEN 'PUBLIC'
+                                              ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(x.grantee)) END
+                                         || CASE WHEN x.is_grantable THEN ' grantable' ELSE '' END || ' by '
+                                         || pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(x.grantor)) AS line
+                                    FROM pg_catalog.aclexplode(
+                                             coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) x) g)
        ) AS attributes,
        p.prosrc || coalesce(pg_catalog.pg_get_function_sqlbody(p.oid), '') AS body,
        p.oid::pg_catalog.regprocedure::pg_catalog.text AS identity

@@ -34,7 +34,7 @@ from reconciler.sql import split_identity
 from reconciler.yamltext import Document, parse, read_text, validate
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 
@@ -164,7 +164,8 @@ def _resolved(  # noqa: PLR0913, PLR0917 - what was parsed, for one target
 def sources(directory: Path) -> dict[str, Path]:
     """The file of every declared function, by its identity. The directory is one that `load` takes."""
     sections, _, _, _ = _parsed(directory)
-    return {name: directory / entry.data["source"] for name, entry in sections.get("functions", {}).items()}
+    declared = sections.get("functions", {}).items()
+    return {name: directory / entry.data["source"] for name, entry in declared if not _retired(entry)}
 
 
 def schema() -> dict[str, Json]:
@@ -180,7 +181,8 @@ def schema() -> dict[str, Json]:
     common, definitions = definitions, {}
     properties: dict[str, Json] = {}
     for kind in kinds().values():
-        properties[kind.section] = {"type": "object", "additionalProperties": of(kind.Declaration)}
+        forms = {"anyOf": [of(kind.Declaration), of(kind.Retirement)]}
+        properties[kind.section] = {"type": "object", "additionalProperties": forms}
     for check in checks().values():
         forms = [of(form) for form in check.forms()]
         properties[check.section] = {"type": "object", "additionalProperties": {"anyOf": forms}}
@@ -412,12 +414,15 @@ def _items(
             data = _fill(entry, variables, problems)
             if len(problems) > before:
                 continue
-            declaration, found = validate(kind.Declaration, entry.document, entry.path, data, entry.file)
+            retired = _retired(entry)
+            form = kind.Retirement if retired else kind.Declaration
+            declaration, found = validate(form, entry.document, entry.path, data, entry.file)
             problems += found
             if declaration is None:
                 continue
             problems += _gates_exist(entry, getattr(declaration, "gates", ()), sections.get("gates", {}))
-            spec, rules, complaints = kind.declare(name, declaration, replace(context, items=items))
+            resolve = kind.retire if retired else kind.declare
+            spec, rules, complaints = resolve(name, declaration, replace(context, items=items))
             problems += _placed(entry, complaints)
             if spec is not None and rules is not None:
                 item = Declared(kind.name, name, spec, rules, entry.place)
@@ -425,10 +430,18 @@ def _items(
     return items, problems
 
 
-def _gates_exist(entry: _Entry, gates: Sequence[str], known: Collection[str]) -> list[Problem]:
-    """A function may only name gates that are declared: a misspelt gate would guard nothing."""
+def _retired(entry: _Entry) -> bool:
+    """Does the entry say that its object is to go?"""
+    return isinstance(entry.data, dict) and "retire" in cast("dict[str, Json]", entry.data)
+
+
+def _gates_exist(entry: _Entry, gates: Sequence[str], known: Mapping[str, _Entry]) -> list[Problem]:
+    """A function may only name gates that are declared: a misspelt gate would guard nothing, nor does a retired one."""
     problems: list[Problem] = []
     for index, gate in enumerate(gates):
+        if gate in known and _retired(known[gate]):
+            message = f"gate {gate!r} is retired at {known[gate].place}"
+            problems.append(entry.problem(message, ("gates", index), value=True))
         if gate not in known:
             near = difflib.get_close_matches(gate, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -461,10 +474,12 @@ def _armed_exist(judged: Mapping[str, Check], sections: Mapping[str, Mapping[str
     problems: list[Problem] = []
     for check in judged.values():
         for number, gate in armed(check.spec) if isinstance(check.spec, ProofSpec) else ():
-            if gate not in sections.get("gates", {}):
+            known = sections.get("gates", {})
+            if gate not in known or _retired(known[gate]):
                 entry = sections["proofs"][check.name]
                 where = ("steps", number) if "steps" in entry.data else ()
-                problems.append(entry.problem(f"gate {gate!r} is not declared", (*where, "arm", gate)))
+                what = "retired" if gate in known else "not declared"
+                problems.append(entry.problem(f"gate {gate!r} is {what}", (*where, "arm", gate)))
     return problems
 
 

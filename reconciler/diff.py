@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 from reconciler.errors import Refused
 from reconciler.kinds import Blocked, Kind, Wanted, kinds
-from reconciler.model import Action, Change, Declared, Desired, FieldChange, Hazard, Json, Live, Model, canonical
+from reconciler.model import (
+    Absent,
+    Action,
+    Change,
+    Declared,
+    Desired,
+    FieldChange,
+    Hazard,
+    Json,
+    Live,
+    Model,
+    canonical,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,12 +33,19 @@ def changes(desired: Desired, live: Live, last: Mapping[str, Json]) -> tuple[Cha
     """
     blocked: list[str] = []
     found: list[Change] = []
+    removed: list[Change] = []
     known = kinds()
     for item in desired.items.values():
         kind = known[item.kind]
         before = live.items.get(item.address)
+        facts = live.facts.get(item.address, {})
         try:
-            wanted = kind.decide(item.spec, item.rules, before, live.facts.get(item.address, {}))
+            if isinstance(item.spec, Absent):
+                if before is not None:
+                    kind.removable(before, item.rules, facts)
+                    removed.append(_removal(kind, item, item.spec, before, last))
+                continue
+            wanted = kind.decide(item.spec, item.rules, before, facts)
         except Blocked as reason:
             place = f" ({item.place})" if item.place else ""
             blocked.append(f"{item.address}{place}: {reason}")
@@ -39,7 +58,8 @@ def changes(desired: Desired, live: Live, last: Mapping[str, Json]) -> tuple[Cha
             details=blocked,
             hint="Nothing was changed. Correct the files, or find out who changed the database and why.",
         )
-    return (*_ordered(found), *_forgotten(desired, last))
+    # Removals last and the other way round: nothing is taken away from under what still stands on it.
+    return (*_ordered(found), *reversed(_ordered(removed)), *_forgotten(desired, last))
 
 
 def _change(
@@ -71,6 +91,24 @@ def _change(
     )
 
 
+def _removal(
+    kind: Kind[Any, Any, Any], item: Declared, absent: Absent, before: Model, last: Mapping[str, Json]
+) -> Change:
+    hazards: set[Hazard] = {"retires"}
+    applied = last.get(item.address)
+    if applied is not None and applied["spec"] != kind.essence(before).dump():
+        hazards.add("overwrites_drift")
+    return Change(
+        address=item.address,
+        kind=item.kind,
+        actions=("remove",),
+        before=before.dump(),
+        reason=absent.retire,
+        hazards=tuple(sorted(hazards)),
+        statements=kind.render(before, None, item.rules, None),
+    )
+
+
 def _forgotten(desired: Desired, last: Mapping[str, Json]) -> list[Change]:
     """Protection outlives its line: what the ledger knows and no file declares is shown, and needs approval."""
     return [
@@ -93,7 +131,7 @@ def _ordered(found: Sequence[Change]) -> list[Change]:
     ranked = {
         change.address: change for change in sorted(found, key=lambda change: (order[change.kind], change.address))
     }
-    after = {address: change.after or {} for address, change in ranked.items()}
+    after = {address: change.after or change.before or {} for address, change in ranked.items()}
     named: dict[str, list[str]] = {}
     for address, thing in after.items():
         if "body" in thing:

@@ -11,6 +11,7 @@ from reconciler.errors import UsageError
 from reconciler.kinds import kinds
 from reconciler.model import (
     FORMAT_VERSION,
+    Absent,
     Action,
     Desired,
     Drift,
@@ -72,7 +73,7 @@ def classify(desired: Desired, last: Mapping[str, Json], live: Live, *, last_kno
         kind = known[item.kind if item else last[address]["kind"]]
         found = live.items.get(address)
         now = None if found is None else kind.essence(found).dump()
-        wanted = None if item is None else kind.essence(item.spec).dump()
+        wanted = None if item is None or isinstance(item.spec, Absent) else kind.essence(item.spec).dump()
         applied = last[address]["spec"] if address in last else None
         if not last_known:
             if now != wanted:
@@ -84,6 +85,8 @@ def classify(desired: Desired, last: Mapping[str, Json], live: Live, *, last_kno
         if item is None:
             reason = "the ledger governs it and no file declares it any more"
             pending.append(Drift(address=address, kind=kind.name, actions=("forget",), before=applied, reason=reason))
+        elif wanted is None and now is not None:
+            pending.append(_moved(address, kind.name, now, None, "retired and still there"))
         elif wanted != applied and not (applied is None and now == wanted):
             reason = "declared and not applied" if applied is None else "the files changed since the last apply"
             pending.append(_moved(address, kind.name, applied, wanted, reason))

@@ -7,7 +7,9 @@ ReconcilerError                1  error
 ├── ServerProblem              1  cannot connect, untested server, a statement failed
 │   └── MissingPrivilege       1
 ├── SandboxError               1  the embedded server
+├── Interrupted                1  Ctrl-C or a polite kill, before COMMIT
 ├── Violated                   3  an invariant is violated or could not be judged
+│   └── ProofFailed            3  nothing but proofs stands in the way
 ├── Refused                    4  what is there does not allow what was asked
 │   ├── Stale                  4
 │   ├── NotApproved            4
@@ -98,6 +100,16 @@ class Violated(ReconcilerError):
         """`verdicts`: those that blocked."""
         super().__init__(message, hint=hint, details=details)
         self.verdicts = tuple(verdicts)
+
+
+class ProofFailed(Violated):
+    """A proof failed or could not be played."""
+
+    outcome = "proof_failed"
+
+
+class Interrupted(ReconcilerError):
+    """Interrupted: nothing was changed."""
 
 
 class Refused(ReconcilerError):

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from reconciler.errors import PlanDamaged, UsageError
 from reconciler.model import (
+    Absent,
     Address,
     Change,
     Desired,
@@ -30,7 +31,7 @@ from reconciler.model import (
     canonical,
     glob_match,
 )
-from reconciler.plan import load_desired, read, serialize
+from reconciler.plan import load_desired, read, replace_file, serialize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from reconciler.model import Entry, Json
 
 DOCUMENT = "evidence.json"
+BEFORE = "evidence-unknown.json"
+"""What the run itself could say, when its outcome became known only later."""
 SUMS = "SHA256SUMS"
 
 
@@ -93,7 +96,7 @@ def document(outcome: Outcome, plan: Plan, checksum: str) -> Evidence:
         locked={
             address: str(item.spec.dump().get("value"))
             for address, item in desired.items.items()
-            if rules.get(address, {}).get("lock") == "locked"
+            if rules.get(address, {}).get("lock") == "locked" and not isinstance(item.spec, Absent)
         },
         gates={
             change.address: tuple(rules.get(change.address, {}).get("gates") or ())
@@ -267,9 +270,53 @@ class Folder:
             raise UsageError(f"The evidence in {self.path} is not complete: {error.strerror}.") from None
 
 
+def complete(path: Path, found: Evidence, entry: Entry | None, pages: Mapping[str, str]) -> None:
+    """Replace what a folder says of a run whose outcome was unknown by what is known now.
+
+    entry, pages: as in `files`. Everything else in the folder stays as it is, and so does what the run itself said, as
+    evidence-unknown.json. The document is replaced last: until then the folder can be settled again. Raises UsageError.
+    """
+    made = {name: text.encode() for name, text in pages.items()}
+    made["statements.sql"] = statements(found).encode()
+    if entry is not None:
+        made["ledger-entry.json"] = serialize(entry.dump())
+    document = serialize(found.dump())
+    try:
+        made[BEFORE] = (path / DOCUMENT).read_bytes()
+        listed = [line.split("  ", 1) for line in (path / SUMS).read_text().splitlines()]
+        sums = {name: value for value, name in listed}
+        sums |= {name: hashlib.sha256(data).hexdigest() for name, data in [*made.items(), (DOCUMENT, document)]}
+        made[SUMS] = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())).encode()
+        made[DOCUMENT] = document
+        for name, data in made.items():
+            replace_file(path / name, data, private=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The evidence in {path} could not be completed: {error}.") from None
+
+
 def is_evidence(found: Mapping[str, Any]) -> bool:
     """Is this document the evidence of a run, not a plan or an approval?"""
     return "run_id" in found and "executed" in found
+
+
+def find(run: Path, parent: Path) -> Path:
+    """The folder of a run: itself, that of its evidence.json, or the one below `parent` that its id names.
+
+    Raises UsageError when there is none, or more than one.
+    """
+    if run.is_dir():
+        return run
+    if run.name == DOCUMENT and run.is_file():
+        return run.parent
+    found = sorted(parent.glob(f"*-{run}")) if re.fullmatch(r"[0-9a-f-]{36}", str(run)) else []
+    if len(found) != 1:
+        what = f"{len(found)} folders below {parent} end in" if found else "There is no evidence folder"
+        raise UsageError(
+            f"{what} {run}.",
+            hint="Name the folder that apply printed as `Evidence:`. Without it, `reconciler plan` shows no changes"
+            " when the run was committed, and the same plan when it was not.",
+        )
+    return found[0]
 
 
 def load(path: Path) -> Evidence:

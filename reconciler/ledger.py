@@ -125,6 +125,21 @@ def last(conn: pg.Connection, name: str) -> Last:
     )
 
 
+def of_run(conn: pg.Connection, name: str, run_id: str) -> Entry | None:
+    """The entry that this run wrote, None when it wrote none. Raises Refused for one that was changed."""
+    rows = pg.rows(
+        conn,
+        """
+        SELECT name, number, run_id::pg_catalog.text AS run_id, recorded_at::pg_catalog.text AS recorded_at,
+               approval_ids::pg_catalog.text[] AS approval_ids, previous, hash, body
+          FROM reconciler.entry WHERE name = %s AND run_id = %s::pg_catalog.uuid
+        """,
+        (name, run_id),
+        doing="looking for the run in the ledger",
+    )
+    return _entry(rows[0]) if rows else None
+
+
 def _entry(row: Mapping[str, Any]) -> Entry:
     """The row as an entry. Raises Refused for one that this program cannot have written."""
     if row["hash"] != chained(row["previous"], row["body"]):

@@ -182,7 +182,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Declared:
-    """One declaration, resolved: the wanted object (`spec`) and what the files say about changing it (`rules`)."""
+    """One declaration, resolved: the wanted object (`spec`, Absent when it is retired) and the rules of changing it."""
 
     kind: str
     name: str
@@ -198,6 +198,13 @@ class Declared:
     def dump(self) -> dict[str, Json]:
         """As kept in plans and in the ledger; the place in the files is not part of it."""
         return {"kind": self.kind, "name": self.name, "spec": self.spec.dump(), "rules": self.rules.dump()}
+
+
+class Absent(Model):
+    """In the place of a spec: the object must not be there, and why. `at`: where it is when its name does not say."""
+
+    retire: str
+    at: JsonObject | None = None
 
 
 @dataclass(frozen=True)
@@ -252,9 +259,9 @@ class Target(Model):
 
 
 class Finding(Model):
-    """Something a person should know that is no change: an undeclared object, a stale marker."""
+    """Something a person should know that is no change: an undeclared object, a stale marker, a retired name in use."""
 
-    code: Literal["ledger_not_readable", "marker_differs", "stale_heartbeat", "undeclared"]
+    code: Literal["ledger_not_readable", "marker_differs", "mentioned", "stale_heartbeat", "undeclared"]
     address: Address
     message: str
 
@@ -317,6 +324,10 @@ class NotCompared(Model):
     object_class: str = Field(alias="class")
     where: str
     count: int
+
+
+BY_OTHERS = "by others"
+"""How the detail of a surface row ends when others wrote meanwhile what it counts."""
 
 
 def tolerated(verdicts: Sequence[Verdict], policy: Policy) -> tuple[Verdict, ...]:

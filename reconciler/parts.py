@@ -189,6 +189,27 @@ def hold(conn: pg.Connection, name: str, address: str) -> None:
     pg.run(conn, statement, doing=f"locking {address}")
 
 
+def mentioned(conn: pg.Connection, name: str, retired: Sequence[Declared]) -> list[str]:
+    """Functions whose body names this gate or function as a word: what no dependency in the catalog shows.
+
+    retired: what goes away in the same apply and so does not count.
+    """
+    found = pg.rows(
+        conn,
+        """
+        SELECT p.oid::pg_catalog.regprocedure::pg_catalog.text AS name
+          FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+         WHERE n.nspname <> 'information_schema' AND n.nspname !~ '^pg_' AND p.prosqlbody IS NULL
+           AND p.prosrc ~ ('(^|[^[:alnum:]_])' || %s || '($|[^[:alnum:]_])')
+         ORDER BY 1 LIMIT 20
+        """,
+        (re.sub(r"(\W)", r"\\\1", name),),
+        doing=f"looking for functions that name {name}",
+    )
+    own = {item.name for item in retired}
+    return [row["name"] for row in found if row["name"] not in own]
+
+
 class Table(NamedTuple):
     """What the catalog says of one table: column name -> type, and the column sets of its unique indexes."""
 

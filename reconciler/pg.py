@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, LiteralString
 
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
 from reconciler.errors import Locked, MissingPrivilege, ReconcilerError, ServerProblem, Stale
@@ -77,6 +78,13 @@ def connect(dsn: str | None, command: str) -> Connection:
             f"Cannot connect to PostgreSQL: {_connection_message(error)}",
             hint="Check --dsn, RECONCILER_DSN or the PG* variables; passwords belong in PGPASSWORD or ~/.pgpass.",
         ) from None
+
+
+def without_password(dsn: str) -> str:
+    """The connection string as it may be shown: itself, or without the secrets that stand in it."""
+    parts = conninfo_to_dict(dsn)
+    shown = {name: value for name, value in parts.items() if name not in {"password", "sslpassword"}}
+    return dsn if len(shown) == len(parts) else make_conninfo("", **shown)
 
 
 def _first_line(error: Exception) -> str:
@@ -176,7 +184,11 @@ def translated(error: psycopg.Error, doing: str = "", *, quiet: bool = False) ->
     if state == "57014":
         return ServerProblem(message, hint="The statement ran into its time-out. Nothing was changed.")
     if state.startswith(("08", "57P")) or (error.sqlstate is None and isinstance(error, psycopg.OperationalError)):
-        return ServerProblem(f"{prefix}the connection was lost: {primary} (SQLSTATE {state})", details=details)
+        return ServerProblem(
+            f"{prefix}the connection was lost: {primary} (SQLSTATE {state})",
+            details=details,
+            hint="Nothing was changed. Run the command again when the server is back.",
+        )
     return ServerProblem(message, hint="" if quiet else error.diag.message_hint or "", details=details)
 
 

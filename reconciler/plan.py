@@ -23,7 +23,6 @@ from reconciler.model import (
     MOMENT,
     Change,
     Check,
-    Declared,
     Desired,
     Drift,
     GateStore,
@@ -194,12 +193,7 @@ def with_forgotten(desired: Desired, manifest: Mapping[str, Json]) -> Desired:
     """The declarations, and what the ledger knows beside them: what was forgotten is still looked at."""
     known, judging = kinds(), checks()
     items = {
-        address: Declared(
-            kind=entry["kind"],
-            name=entry["name"],
-            spec=known[entry["kind"]].load(entry["spec"]),
-            rules=known[entry["kind"]].load_rules(entry["rules"]),
-        )
+        address: known[entry["kind"]].declared(entry)
         for address, entry in manifest.items()
         if entry["kind"] in known and address not in desired.items
     }
@@ -216,15 +210,7 @@ def load_desired(data: Json) -> Desired:
     known, judging = kinds(), checks()
 
     try:
-        items = {
-            address: Declared(
-                kind=entry["kind"],
-                name=entry["name"],
-                spec=known[entry["kind"]].load(entry["spec"]),
-                rules=known[entry["kind"]].load_rules(entry["rules"]),
-            )
-            for address, entry in data["items"].items()
-        }
+        items = {address: known[entry["kind"]].declared(entry) for address, entry in data["items"].items()}
         judged = {
             address: Check(kind=entry["kind"], name=entry["name"], spec=judging[entry["kind"]].load(entry["spec"]))
             for address, entry in data["checks"].items()

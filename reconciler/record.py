@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from reconciler import __version__
+from reconciler.errors import Interrupted, OutcomeUnknown
 from reconciler.model import Approval, Entry, Executed, Failure, Outcome, Plan, Stage, Verdict, Yes
 from reconciler.plan import of_kind, summarize
 
@@ -37,18 +38,23 @@ class Request:
     initialize: bool = False
     allow_untested: bool = False
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    settle_by: str = "reconciler settle EVIDENCE"
+    """What to type when the answer to COMMIT was lost and nobody could be asked."""
 
 
 class Record:
     """What an apply has done so far, kept beside it: a failed one must be told as well as a finished one.
 
-    `begun` when BEGIN was about to be sent, `committed` when the server said so.
+    `begun` when BEGIN was about to be sent, `committing` from COMMIT until its end is known, `committed` when the
+    server said so. `remark`: how that became known, when not by the answer to COMMIT.
     """
 
     def __init__(self, progress: Progress) -> None:
         """`progress`: told every step as it comes; steps of one name are one stage here."""
         self.begun = False
+        self.committing = False
         self.committed = False
+        self.remark = ""
         self.started_at: str | None = None
         self.finished_at: str | None = None
         self.transaction_id: str | None = None
@@ -113,19 +119,25 @@ class Record:
             surface=of_kind(self.verdicts, "surface"),
             findings=() if self.found is None else tuple(self.found.live.findings),
             not_compared=() if self.found is None else tuple(self.found.not_compared),
-            problems=tuple(problems),
+            problems=(*([self.remark] * bool(self.remark)), *problems),
         )
 
-    def failed(self, request: Request, error: ReconcilerError | KeyboardInterrupt) -> Outcome:
+    def interrupted(self, request: Request) -> ReconcilerError:
+        """What an interruption came to, in words that hold at whatever moment it came."""
+        if not self.committing:
+            return Interrupted()
+        return OutcomeUnknown(
+            f"Interrupted while COMMIT was under way; nobody can say yet what became of run {request.run_id}.",
+            hint=f"Ask the server: {request.settle_by}",
+        )
+
+    def failed(self, request: Request, error: ReconcilerError) -> Outcome:
         """A run that ended with this error; everything in it was rolled back unless COMMIT had been answered."""
         self.end()
         if self.committed:
-            return self.outcome(request, "applied", ["interrupted before planning again"])
-        if isinstance(error, KeyboardInterrupt):
-            word, why = "error", Failure(message="Interrupted; the server rolled back.")
-        else:
-            word, why = error.outcome, Failure(message=error.message, details=error.details, hint=error.hint)
-        return self.outcome(request, word).model_copy(update={"failure": why})
+            return self.outcome(request, "applied", [f"not planned again: {error.message}"])
+        why = Failure(message=error.message, details=error.details, hint=error.hint)
+        return self.outcome(request, error.outcome).model_copy(update={"failure": why})
 
 
 def _yes(approval: Approval) -> Yes:

@@ -26,7 +26,7 @@ from reconciler.checks.proof import CHECK, ProofSpec
 from reconciler.checks.proof import rehearse as with_two_sessions
 from reconciler.diff import changes as differences
 from reconciler.errors import ServerProblem, UsageError
-from reconciler.model import Asked, milliseconds
+from reconciler.model import Absent, Asked, milliseconds
 from reconciler.parts import identifier
 from reconciler.prove import ProofReport, report
 from reconciler.survey import survey
@@ -34,7 +34,7 @@ from reconciler.survey import survey
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from reconciler.model import Check, Desired, Plan, Policy, Target, Verdict
+    from reconciler.model import Check, Desired, Json, Plan, Policy, Target, Verdict
 
 
 @dataclass(frozen=True)
@@ -210,11 +210,11 @@ def _rows_to_copy(desired: Desired) -> list[tuple[str, dict[str, str]]]:
     """Table and key of the row of every declared gate and marker."""
     found: list[tuple[str, dict[str, str]]] = []
     for item in desired.items.values():
-        spec = item.spec.dump()
         if item.kind == "gate":
             store: Any = getattr(item.rules, "store")  # noqa: B009 - only gates have one
-            found.append((spec["table"], {store.key: spec["key"]}))
+            found.append((store.table, {store.key: item.name}))
         elif item.kind == "marker":
+            spec: Json = item.spec.at if isinstance(item.spec, Absent) else item.spec.dump()
             found.append((spec["table"], spec["key"]))
     return found
 

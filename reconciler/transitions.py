@@ -1,18 +1,20 @@
 """What transition checks ask: did this backend write to a relation during the apply? Locks are the answer (DESIGN 4).
 
 The strongest lock that our own backend holds is exact for everything it did itself, triggers and SECURITY DEFINER
-functions included; it cannot see what another backend (dblink, a foreign server) did on our behalf.
+functions included; it cannot see what another backend (dblink, a foreign server) did on our behalf. Catalogs are the
+exception: PostgreSQL gives their locks back at once, so of them only the counters tell.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reconciler import pg
+from reconciler.allowlist import CATALOG, check_query
 from reconciler.parts import relation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from reconciler.model import Json
     from reconciler.pg import Connection
@@ -21,11 +23,45 @@ READING = {"AccessShareLock", "RowShareLock"}
 """Held by SELECT, and by SELECT FOR UPDATE and foreign-key checks, which change no data."""
 
 
+class Own(NamedTuple):
+    """What this backend did to the tables that a query reads.
+
+    wrote: a sentence for each table; empty when nothing. The numbers are rows, TOAST tables left out; what a savepoint
+    undid is counted. unknown: why nobody can tell; then the rest means nothing.
+    """
+
+    wrote: tuple[str, ...] = ()
+    inserted: int = 0
+    updated: int = 0
+    deleted: int = 0
+    unknown: str = ""
+
+
+class _Part(NamedTuple):
+    """One relation of a family, and the rows that this backend wrote to it, as counted so far or since."""
+
+    name: str
+    kind: str
+    inserted: int = 0
+    updated: int = 0
+    deleted: int = 0
+
+    @property
+    def written(self) -> int:
+        return self.inserted + self.updated + self.deleted
+
+    def since(self, before: _Part | None) -> _Part:
+        if before is None:
+            return self
+        rows = (now - then for now, then in zip(self[2:], before[2:], strict=True))
+        return _Part(self.name, self.kind, *rows)
+
+
 def family(conn: Connection, names: Sequence[str]) -> dict[str, Json]:
     """The relations with their partitions, children and TOAST tables, and this backend's own write counters for each.
 
-    Returns {"found": {oid as text: [name, inserted + updated + deleted]}, "missing": [name, ...]}. The counters carry
-    over from the previous transaction of the connection, so only their difference means anything (measured).
+    Returns what `touched` asks for; "missing" holds the names for which there is no table. The counters carry over from
+    the previous transaction of the connection, so only their difference means anything (measured).
     """
     found: dict[str, Json] = {}
     missing: list[str] = []
@@ -34,32 +70,93 @@ def family(conn: Connection, names: Sequence[str]) -> dict[str, Json]:
         if not rows:
             missing.append(name)
         for row in rows:
-            found[row["oid"]] = [row["name"], row["writes"]]
-    return {"found": found, "missing": missing}
+            found[row["oid"]] = [row[field] for field in _Part._fields]
+    return {"names": list(names), "found": found, "missing": missing}
 
 
-def touched(conn: Connection, remembered: Mapping[str, Json]) -> list[str]:
-    """What this backend did to the remembered relations beyond reading, a sentence each; empty when nothing."""
-    rows = pg.rows(conn, _LOCKS, ([int(oid) for oid in remembered],), doing="reading our own locks")
-    sentences: list[str] = []
-    for row in rows:
-        name, writes = remembered[row["oid"]]
-        if row["mode"] in READING:
-            continue
-        if row["mode"] == "RowExclusiveLock":
-            # Opened for writing: an UPDATE that found no row takes this lock too.
-            written = row["writes"] - writes
-            if written:
-                sentences.append(f"{name}: {written} row{'' if written == 1 else 's'} written")
-            continue
-        sentences.append(f"{name}: {row['mode']} taken")
-    return sorted(set(sentences))
+def touched(conn: Connection, remembered: Json) -> list[str]:
+    """What this backend did to a family beyond reading since it was remembered, a sentence each; empty when nothing."""
+    parts = _since(conn, remembered)
+    return sorted({*_hard(conn, parts), *_opened(conn, parts)})
+
+
+def watch(conn: Connection, query: str) -> dict[str, Json]:
+    """What must be remembered of everything that a query reads, so that `own` can tell our writes from others' later.
+
+    The query must have passed `check_query`.
+    """
+    report = check_query(query)
+    reads = family(conn, report.relations)
+    kinds = {name: kind for name, kind, *_ in reads["found"].values()}
+    if report.troubles or report.functions & CATALOG:
+        unknown = "it calls a function that may read anything"
+    elif not report.relations:
+        unknown = "it reads no table"
+    elif reads["missing"]:
+        unknown = f"{reads['missing'][0]} is no table"
+    elif foreign := [name for name, kind in kinds.items() if kind == "f"]:
+        unknown = f"{foreign[0]} is a foreign table"
+    else:
+        unknown = _uncounted(conn)
+    return {**reads, "unknown": unknown and f"nobody can tell who did it, because {unknown}"}
+
+
+def own(conn: Connection, watched: Json) -> Own:
+    """What this backend did, since `watch`, to what the query reads."""
+    unknown: str = watched["unknown"] or _uncounted(conn)
+    if unknown:
+        return Own(unknown=unknown)
+    parts = _since(conn, watched)
+    if hard := sorted(set(_hard(conn, parts))):
+        return Own(unknown="; ".join(hard))
+    rows = [part for part in parts.values() if part.kind != "t"]
+    return Own(
+        wrote=tuple(sorted(_said(part) for part in parts.values() if part.written)),
+        inserted=sum(part.inserted for part in rows),
+        updated=sum(part.updated for part in rows),
+        deleted=sum(part.deleted for part in rows),
+    )
 
 
 def locks(conn: Connection) -> set[tuple[Any, ...]]:
     """Every lock on a relation that this backend holds, and every advisory lock, to compare before and after."""
     rows = pg.rows(conn, _OWN, doing="reading our own locks")
     return {tuple(row.values()) for row in rows}
+
+
+def _uncounted(conn: Connection) -> str:
+    row = pg.rows(conn, "SELECT pg_catalog.current_setting('track_counts')::pg_catalog.bool AS counts")[0]
+    return "" if row["counts"] else "track_counts is off"
+
+
+def _since(conn: Connection, remembered: Json) -> dict[str, _Part]:
+    """Every relation of a family, of then and of now, with what this backend wrote to it since."""
+    before = {oid: _Part(*facts) for oid, facts in remembered["found"].items()}
+    now = {oid: _Part(*facts) for oid, facts in family(conn, remembered["names"])["found"].items()}
+    gone = {oid: _Part(part.name, part.kind) for oid, part in before.items() if oid not in now}
+    # One that is new, a partition that somebody attached, had nothing of ours before.
+    return gone | {oid: part.since(before.get(oid)) for oid, part in now.items()}
+
+
+def _modes(conn: Connection, parts: dict[str, _Part]) -> Iterator[tuple[_Part, str]]:
+    oids = [int(oid) for oid in parts]
+    return ((parts[row["oid"]], row["mode"]) for row in pg.rows(conn, _LOCKS, (oids,), doing="reading our own locks"))
+
+
+def _hard(conn: Connection, parts: dict[str, _Part]) -> Iterator[str]:
+    """Locks stronger than writing rows takes: TRUNCATE, ALTER and the like."""
+    soft = {*READING, "RowExclusiveLock"}
+    return (f"{part.name}: {mode} taken" for part, mode in _modes(conn, parts) if mode not in soft)
+
+
+def _opened(conn: Connection, parts: dict[str, _Part]) -> Iterator[str]:
+    """What was opened for writing and written; an UPDATE that found no row takes this lock too."""
+    modes = _modes(conn, parts)
+    return (_said(part) for part, mode in modes if mode == "RowExclusiveLock" and part.written)
+
+
+def _said(part: _Part) -> str:
+    return f"{part.name}: {part.written} row{'' if part.written == 1 else 's'} written"
 
 
 _FAMILY = """
@@ -74,15 +171,15 @@ WITH RECURSIVE tree (oid) AS (
     SELECT c.reltoastrelid FROM pg_catalog.pg_class c JOIN tree t ON t.oid = c.oid WHERE c.reltoastrelid <> 0
 )
 SELECT c.oid::pg_catalog.text AS oid, pg_catalog.format('%%I.%%I', n.nspname, c.relname) AS name,
-       pg_catalog.pg_stat_get_xact_tuples_inserted(c.oid) + pg_catalog.pg_stat_get_xact_tuples_updated(c.oid)
-       + pg_catalog.pg_stat_get_xact_tuples_deleted(c.oid) AS writes
+       c.relkind::pg_catalog.text AS kind,
+       pg_catalog.pg_stat_get_xact_tuples_inserted(c.oid) AS inserted,
+       pg_catalog.pg_stat_get_xact_tuples_updated(c.oid) AS updated,
+       pg_catalog.pg_stat_get_xact_tuples_deleted(c.oid) AS deleted
   FROM whole w JOIN pg_catalog.pg_class c ON c.oid = w.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 """
 
 _LOCKS = """
-SELECT l.relation::pg_catalog.text AS oid, l.mode,
-       pg_catalog.pg_stat_get_xact_tuples_inserted(l.relation) + pg_catalog.pg_stat_get_xact_tuples_updated(l.relation)
-       + pg_catalog.pg_stat_get_xact_tuples_deleted(l.relation) AS writes
+SELECT l.relation::pg_catalog.text AS oid, l.mode
   FROM pg_catalog.pg_locks l
  WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND l.granted
    AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())

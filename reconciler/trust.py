@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reconciler import setup
-from reconciler.errors import NotApproved, PlanDamaged
+from reconciler.errors import NotApproved, PlanDamaged, Stale
 from reconciler.kinds import kinds
 from reconciler.plan import dump_desired, effect_digest, effects_digest, load_desired
 
 if TYPE_CHECKING:
-    from reconciler.model import Change, Desired, Hazard, Model, Plan, Statement
+    from reconciler.model import Change, Desired, Hazard, Model, Plan, Statement, Target
 
 EDITED = "Somebody edited the plan, or another version made it. Make it again and read it again."
 
@@ -43,6 +43,16 @@ def check_plan(plan: Plan) -> Desired:
     return desired
 
 
+def same_target(planned: Target, found: Target) -> None:
+    """Is this the database that the plan was made for? Raises Stale."""
+    for name in ("name", "database", "system_identifier"):
+        if getattr(planned, name) != getattr(found, name):
+            raise Stale(
+                f"The plan is for {name.replace('_', ' ')} {getattr(planned, name)}, this is {getattr(found, name)}.",
+                hint="Apply it where it was made for, or plan again here.",
+            )
+
+
 def _setup(change: Change) -> tuple[tuple[Statement, ...], set[Hazard]]:
     return setup.statements(change), set(setup.hazards(change))
 
@@ -57,7 +67,8 @@ def _again(desired: Desired, change: Change) -> tuple[tuple[Statement, ...], set
     try:
         before: Model | None = None if change.before is None else kind.load(change.before)
         after: Model | None = None if change.after is None else kind.load(change.after)
-        return kind.render(before, after, item.rules, change.context), kind.hazards(before, after, item.rules)
+        hazards: set[Hazard] = {"retires"} if after is None else kind.hazards(before, after, item.rules)
+        return kind.render(before, after, item.rules, change.context), hazards
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         # Only an edited plan holds an object that its kind cannot have.
         raise PlanDamaged(f"{change.address}: the plan's objects cannot be read: {type(error).__name__}.") from None

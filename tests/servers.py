@@ -110,9 +110,9 @@ class Database:
         cursor = self.conn.execute(query.encode(), params)
         return cursor.fetchall() if cursor.description else []
 
-    def role(self, options: str = "LOGIN") -> str:
+    def role(self, options: str = "LOGIN", name: str | None = None) -> str:
         """A new role, dropped with the database. All databases of a server share its roles: names are never reused."""
-        name = f"r_{secrets.token_hex(6)}"
+        name = name or f"r_{secrets.token_hex(6)}"
         self.execute(f"CREATE ROLE {name} {options}")
         self._roles.append(name)
         return name

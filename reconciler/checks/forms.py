@@ -93,16 +93,23 @@ class UntouchedInvariant(Form):
 
 
 class Pinned(Model):
-    """What is pinned: one table, several, or the functions of a schema by glob (`schema.pattern`)."""
+    """What is pinned: one table, several, or the functions of a schema by glob (`schema.pattern`).
+
+    readers: roles that may be given plain SELECT on the tables, or lose it, without a word; every other right of theirs
+    is pinned as anybody's. Who judges a table has to read it.
+    """
 
     table: str | None = None
     tables: tuple[str, ...] | None = None
     functions: str | None = None
+    readers: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one(self) -> Pinned:
         if len(self.named()) != 1:
             raise ValueError("write exactly one of `table`, `tables` and `functions`")
+        if self.readers and self.functions is not None:
+            raise ValueError("`readers` goes with `table` and `tables`: functions are not read")
         for name in self.every_table():
             relation(name)
         if self.functions is not None:
@@ -114,8 +121,8 @@ class Pinned(Model):
         return (self.table,) if self.table is not None else self.tables or ()
 
     def named(self) -> dict[str, Json]:
-        """As the files say it."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """As the files say it, without `readers`: whoever they are, the same is captured."""
+        return self.model_dump(mode="json", exclude_none=True, exclude={"readers"})
 
 
 class PinInvariant(Form):

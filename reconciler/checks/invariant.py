@@ -25,7 +25,7 @@ from reconciler.checks.forms import (
     QueryInvariant,
     UntouchedInvariant,
 )
-from reconciler.model import Asked, Check, Declared, Json, Model, Verdict, canonical, glob_regex
+from reconciler.model import BY_OTHERS, Asked, Check, Declared, Json, Model, Verdict, canonical, glob_regex
 from reconciler.parts import (
     QUERY_TIMEOUT_MS,
     Complaint,
@@ -102,7 +102,10 @@ class Invariant(CheckKind):
             return {"relations": transitions.family(conn, spec.untouched)}
         query = _watched(spec)
         if query is not None and _obstacle(conn, query, asked.allow_functions) is None:
-            return {"answer": _fingerprint(conn, query, check.address)}
+            return {
+                "answer": _fingerprint(conn, query, check.address),
+                "watched": transitions.watch(conn, query),
+            }
         return None
 
     def run(self, conn: pg.Connection, check: Check, asked: Asked) -> Verdict:
@@ -271,18 +274,29 @@ def _untouched(conn: pg.Connection, address: str, asked: Asked) -> Verdict:
     if remembered["missing"]:
         missing = f"relation {remembered['missing'][0]}"
         return _not_judged(address, missing, f"there is no {missing}")
-    touched = transitions.touched(conn, remembered["found"])
+    touched = transitions.touched(conn, remembered)
     return _verdict(address, not touched, "; ".join(touched) or "no lock that could write, or opened and not written")
 
 
 def _pin(conn: pg.Connection, address: str, spec: PinInvariantSpec) -> Verdict:
-    lines = captured(conn, spec.pin)
-    gone, new = [line for line in spec.lines if line not in lines], [line for line in lines if line not in spec.lines]
-    if not gone and not new and list(spec.lines) != lines:
+    pinned, lines = _unread(spec.lines, spec.pin), _unread(captured(conn, spec.pin), spec.pin)
+    gone, new = [line for line in pinned if line not in lines], [line for line in lines if line not in pinned]
+    if not gone and not new and pinned != lines:
         return _verdict(address, False, "the same facts in another order")
     moved = [f"- {line}" for line in gone[:3]] + [f"+ {line}" for line in new[:3]]
     more = f" and {len(gone) + len(new) - len(moved)} more" if len(gone) + len(new) > len(moved) else ""
     return _verdict(address, not moved, "; ".join(moved) + more if moved else f"{len(lines)} facts as pinned")
+
+
+def _unread(lines: Sequence[str], pin: Pinned) -> list[str]:
+    """The lines without those that say that one of the pin's readers may read."""
+    tables = pin.every_table()
+    prefixes = tuple(
+        f"{name}: {start}" if len(tables) > 1 else start
+        for name in tables
+        for start in map(definitions.reading, pin.readers)
+    )
+    return [line for line in lines if not line.startswith(prefixes)]
 
 
 def captured(conn: pg.Connection, pin: Pinned) -> list[str]:
@@ -302,13 +316,28 @@ def _attest(conn: pg.Connection, check: Check, spec: AttestInvariant, asked: Ask
         return Verdict(address=check.address, status="deferred", detail=detail, missing="attestation")
     if check.name not in asked.attested:
         return _not_judged(check.address, "attestation", f"nobody signed for it: {spec.attest}")
+    seen = ""
     if spec.proxy is not None:
         if missing := _obstacle(conn, spec.proxy.query, asked.allow_functions):
             return _not_judged(check.address, *missing)
-        if asked.memo is None or _fingerprint(conn, spec.proxy.query, check.address) != asked.memo["answer"]:
-            return _verdict(check.address, False, "attested, but what its proxy query sees changed during the apply")
-    proxy = "; its proxy query is unchanged" if spec.proxy else ""
-    return Verdict(address=check.address, status="attested", detail=f"{spec.attest}{proxy}")
+        moved, how = _moved(conn, spec.proxy.query, check.address, asked)
+        if moved:
+            return _verdict(check.address, False, f"attested, but what its proxy query sees {how}")
+        seen = f" What its proxy query sees {how}."
+    claim = spec.attest if spec.attest.endswith((".", "!", "?", "…")) or spec.proxy is None else f"{spec.attest}."
+    return Verdict(address=check.address, status="attested", detail=f"{claim}{seen}")
+
+
+def _moved(conn: pg.Connection, query: str, address: str, asked: Asked) -> tuple[bool, str]:
+    """Did we change the answer during the apply? And in words what became of it. What others changed is theirs."""
+    if asked.memo is None:
+        return True, "could not be read when the transaction began"
+    if _fingerprint(conn, query, address) == asked.memo["answer"]:
+        return False, "is the same as at BEGIN"
+    own = transitions.own(conn, asked.memo["watched"])
+    if why := own.unknown or "; ".join(own.wrote):
+        return True, f"changed during the apply; {why}"
+    return False, f"changed during the apply, {BY_OTHERS}"
 
 
 def _fingerprint(conn: pg.Connection, query: str, address: str) -> str:
@@ -336,8 +365,8 @@ def _query(  # noqa: PLR0911 - one per way to be judged
     if spec.unchanged:
         if not asked.inside:
             return _later(address)
-        same = asked.memo is not None and asked.memo["answer"] == _fingerprint(conn, spec.query, address)
-        return _verdict(address, same, "same answer as at BEGIN" if same else "the answer changed during the apply")
+        moved, how = _moved(conn, spec.query, address, asked)
+        return _verdict(address, not moved, f"the answer {how}")
     pg.timeout(conn, QUERY_TIMEOUT_MS)
     doing = f"judging {address}"
     if spec.rows is not None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from reconciler import pg, transitions
-from reconciler.allowlist import check_query
+from reconciler.allowlist import check_query, counted
 from reconciler.checks import CheckKind
-from reconciler.model import Asked, Change, Check, Declared, Json, Model, Verdict, canonical, glob_match
+from reconciler.model import BY_OTHERS, Asked, Change, Check, Declared, Json, Model, Verdict, canonical, glob_match
 from reconciler.parts import Complaint, Context, relation, single_value, unreadable
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class Row(Model):
     """One row of the surface. Exactly one of `counts` and `expect`; `unchanged` when neither is written.
 
     unchanged: the same text. background: a number that may grow, but not by us (`relation` names where we would write).
-    not_before: unchanged or later. observed: shown, never judged.
+    not_before: unchanged or later. observed: shown, never judged. What others write meanwhile is theirs: where our own
+    writes can be told from it, `unchanged` and `counts` speak of ours alone.
     """
 
     query: str
@@ -77,7 +78,7 @@ class Surface(CheckKind):
         return Row.model_validate_json(canonical(spec))
 
     def remember(self, conn: pg.Connection, check: Check, asked: Asked) -> Json:
-        """The value before, and the state of the relation that we must not write to."""
+        """The value before, and what this backend has written so far to the tables it is read from."""
         row = _row(check.spec)
         if _hidden(conn, row, asked):
             return None
@@ -85,6 +86,8 @@ class Surface(CheckKind):
         memo: dict[str, Json] = {"value": value, "error": error}
         if row.relation is not None:
             memo["relations"] = transitions.family(conn, [row.relation])
+        if row.expect in {None, "unchanged"}:
+            memo["watched"] = transitions.watch(conn, row.query)
         return memo
 
     def run(self, conn: pg.Connection, check: Check, asked: Asked) -> Verdict:
@@ -96,16 +99,19 @@ class Surface(CheckKind):
         if not asked.inside:
             detail = "predicted from the plan, compared inside the apply"
             return Verdict(address=check.address, status="deferred", detail=detail)
+        if asked.memo is None:
+            detail = "the role could not read it when the transaction began"
+            return Verdict(address=check.address, status="not_judged", detail=detail, missing="the value before")
         before: str | None = asked.memo["value"]
         after, error = single_value(conn, row.query, f"reading {check.address}")
         if before is None or after is None:
             detail = f"the query {error or asked.memo['error']}"
             return Verdict(address=check.address, status="differs", detail=detail, predicted=predicted)
-        wrong = _wrong(conn, row, before, after, asked)
+        wrong, theirs = _wrong(conn, row, before, after, asked)
         return Verdict(
             address=check.address,
             status="differs" if wrong else "predicted",
-            detail=wrong or _difference(before, after),
+            detail=wrong or _difference(before, after) + theirs,
             before=before,
             after=after,
             predicted=predicted,
@@ -149,25 +155,65 @@ def expected(counts: Counts, changes: Sequence[Change]) -> int:
     return sum(("add" in change.actions) - ("remove" in change.actions) for change in changes if counted(change))
 
 
-def _wrong(conn: pg.Connection, row: Row, before: str, after: str, asked: Asked) -> str:
-    """What about this row is not as predicted; empty when it is."""
+def _wrong(conn: pg.Connection, row: Row, before: str, after: str, asked: Asked) -> tuple[str, str]:
+    """What about this row is not as predicted, empty when it is; and how much of the difference is by others."""
     match row.expect:
         case "observed":
-            wrong = ""
+            return "", ""
         case "background":
-            touched = transitions.touched(conn, asked.memo["relations"]["found"])
+            touched = transitions.touched(conn, asked.memo["relations"])
             fewer = f"{before} -> {after}, fewer than before" if _whole(after) < _whole(before) else ""
             wrong = f"we wrote to it: {'; '.join(touched)}" if touched else fewer
+            return wrong, _by_others(_whole(after) - _whole(before))
         case "not_before":
             # ISO text in UTC sorts as time does, numbers are compared as numbers.
             earlier = _whole(after) < _whole(before) if before.isdigit() and after.isdigit() else after < before
-            wrong = f"{before} -> {after}, earlier than before" if earlier else ""
-        case _ if row.counts is not None:
-            delta = expected(row.counts, asked.changes)
-            wrong = "" if _whole(after) - _whole(before) == delta else f"{before} -> {after}, predicted {delta:+d}"
+            return f"{before} -> {after}, earlier than before" if earlier else "", ""
         case _:
-            wrong = "" if before == after else f"{before} -> {after}, predicted unchanged"
-    return wrong
+            own = transitions.own(conn, asked.memo["watched"])
+            return _alone(row, before, after, asked.changes, own)
+
+
+def _alone(row: Row, before: str, after: str, changes: Sequence[Change], own: transitions.Own) -> tuple[str, str]:
+    """Held against the prediction as if the apply had run alone; returns what `_wrong` does.
+
+    A table counted whole: its difference is what we inserted less what we deleted, whatever others do. Any other query:
+    a difference that is not as predicted is by others when we wrote nothing that it reads, or only what was planned.
+    """
+    predicted = 0 if row.counts is None else expected(row.counts, changes)
+    numbers = before.isdigit() and after.isdigit()
+    difference = int(after) - int(before) if numbers else 0
+    as_predicted = difference == predicted if numbers else before == after and row.counts is None
+    said = f"{before} -> {after}, predicted {'unchanged' if row.counts is None else format(predicted, '+d')}"
+    if own.unknown:
+        return ("" if as_predicted else f"{said}; {own.unknown}"), ""
+    if numbers and counted(row.query):
+        ours = own.inserted - own.deleted
+        wrong = "" if ours == predicted else f"{said}, and of our own it is {ours:+d}"
+        return wrong, _by_others(difference - ours)
+    if as_predicted:
+        return "", ""
+    if own.wrote and (own.inserted, own.updated, own.deleted) != _planned(row, changes):
+        return f"{said}; {'; '.join(own.wrote)}", ""
+    if predicted and not own.wrote:
+        return f"{said}, and nothing of it is our own", ""
+    return "", _by_others(difference - predicted) if numbers else f", {BY_OTHERS}"
+
+
+def _planned(row: Row, changes: Sequence[Change]) -> tuple[int, int, int]:
+    """How many rows the changes insert, update and delete in the tables that the query reads."""
+    tables = {relation(name) for name in check_query(row.query).relations}
+    here = [
+        change.actions
+        for change in changes
+        if change.kind in {"gate", "marker"} and relation((change.after or change.before or {})["table"]) in tables
+    ]
+    inserted, updated, deleted = (sum(action in actions for actions in here) for action in ("add", "change", "remove"))
+    return inserted, updated, deleted
+
+
+def _by_others(number: int) -> str:
+    return f", {number:+d} {BY_OTHERS}" if number else ""
 
 
 def _whole(text: str) -> int:

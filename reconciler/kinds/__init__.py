@@ -9,7 +9,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
+from pydantic import Field
+
 from reconciler.model import (
+    Absent,
     Change,
     Declared,
     Desired,
@@ -43,6 +46,12 @@ class Blocked(Exception):
     """The live database does not allow this change; the message says why and names both values."""
 
 
+class Retirement(Model):
+    """In the place of a declaration: the object is taken out of the database, and why."""
+
+    retire: str = Field(min_length=1)
+
+
 class Wanted(NamedTuple):
     """The decision that something must change: the wanted object, and what else its statements are derived from."""
 
@@ -63,6 +72,7 @@ class Kind(ABC, Generic[D, S, R]):
     section: ClassVar[str]
     order: ClassVar[int]
     Declaration: type[D]
+    Retirement: type[Retirement] = Retirement
     Spec: type[S]
     Rules: type[R]
 
@@ -73,6 +83,15 @@ class Kind(ABC, Generic[D, S, R]):
         """One entry of the section, resolved offline. Collects every problem; the pair is None when there is any."""
 
     @abstractmethod
+    def retire(
+        self,
+        name: str,
+        retirement: Any,  # noqa: ANN401 - the kind's own form
+        context: Context,
+    ) -> tuple[Absent | None, R | None, list[Complaint]]:
+        """One entry that retires its object, resolved offline."""
+
+    @abstractmethod
     def read(
         self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
     ) -> Reading:
@@ -81,6 +100,9 @@ class Kind(ABC, Generic[D, S, R]):
     @abstractmethod
     def decide(self, spec: S, rules: R, live: S | None, facts: Mapping[str, Json]) -> Wanted | None:
         """None when in sync. Pure. Raises Blocked when the change may not be made from this live state."""
+
+    def removable(self, live: S, rules: R, facts: Mapping[str, Json]) -> None:
+        """Raises Blocked, naming what stands in the way, when this object may not be taken away. Pure."""
 
     @abstractmethod
     def render(self, before: S | None, after: S | None, rules: R, context: JsonObject | None) -> tuple[Statement, ...]:
@@ -105,6 +127,17 @@ class Kind(ABC, Generic[D, S, R]):
     def masked(self, after: S, rules: R) -> S:
         """The wanted object without values that a plan for strangers must not show."""
         return after
+
+    def declared(self, entry: Json) -> Declared:
+        """A declaration from what `Declared.dump` made of it. Raises pydantic.ValidationError."""
+        spec = entry["spec"]
+        retired = "retire" in spec
+        return Declared(
+            kind=self.name,
+            name=entry["name"],
+            spec=Absent.model_validate_json(canonical(spec)) if retired else self.load(spec),
+            rules=self.load_rules(entry["rules"]),
+        )
 
     def load(self, spec: Json) -> S:
         """A spec from JSON types (strict models take tuples only from JSON). Raises pydantic.ValidationError."""

@@ -11,8 +11,9 @@ from pydantic import Field
 from reconciler import pg
 from reconciler.defaults import canonical_default, split_expressions
 from reconciler.errors import Problem, Stale
-from reconciler.kinds import Blocked, Kind, Reading, Wanted
+from reconciler.kinds import Blocked, Kind, Reading, Retirement, Wanted
 from reconciler.model import (
+    Absent,
     Change,
     Declared,
     Desired,
@@ -24,8 +25,8 @@ from reconciler.model import (
     Statement,
     glob_regex,
 )
-from reconciler.parts import Complaint, Context, complete, raw
-from reconciler.sql import Arg, Routine, check_body, identity, parse_identity, parse_routine
+from reconciler.parts import Complaint, Context, complete, mentioned, raw
+from reconciler.sql import Arg, Routine, check_body, identity, parse_identity, parse_routine, split_identity
 from reconciler.yamltext import read_text
 
 if TYPE_CHECKING:
@@ -141,18 +142,35 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         )
         return spec, rules, []
 
+    def retire(
+        self, name: str, retirement: Retirement, context: Context
+    ) -> tuple[Absent | None, FunctionRules | None, list[Complaint]]:
+        """The identity is all that is needed."""
+        canonical, troubles = parse_identity(name)
+        problems = [Complaint((), trouble.message) for trouble in troubles]
+        if canonical is not None and canonical != name:
+            problems.append(Complaint((), f"write the identity as regprocedure prints it: {canonical}"))
+        return (None, None, problems) if problems else (Absent(retire=retirement.retire), FunctionRules(), [])
+
+    def removable(self, live: FunctionSpec, rules: FunctionRules, facts: Mapping[str, Json]) -> None:
+        """DROP is never CASCADE: what depends on the function must go first."""
+        if dependents := facts.get("dependents"):
+            raise Blocked(f"it cannot be retired while others depend on it: {', '.join(dependents)}")
+
     def read(
         self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
     ) -> Reading:
         """Catalog columns only: the pg_get_* functions show newer text than the snapshot (DESIGN 12)."""
-        declared = {item.name: item for item in wanted if isinstance(item.spec, FunctionSpec)}
-        specs = [item.spec for item in declared.values() if isinstance(item.spec, FunctionSpec)]
+        declared = {item.name: item for item in wanted}
+        specs = [item.spec for item in wanted if isinstance(item.spec, FunctionSpec)]
+        retired = [item for item in wanted if isinstance(item.spec, Absent)]
+        names = [(spec.schema_name, spec.name) for spec in specs] + [split_identity(item.name)[:2] for item in retired]
         found = pg.rows(
             conn,
             _QUERY,
             {
-                "schemas": [spec.schema_name for spec in specs],
-                "names": [spec.name for spec in specs],
+                "schemas": [schema for schema, _ in names],
+                "names": [name for _, name in names],
                 "scope_schemas": [entry.schema_name for entry in desired.scope.functions],
                 "scope_patterns": [glob_regex(entry.matching) for entry in desired.scope.functions],
             },
@@ -175,6 +193,15 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         for item in declared.values():
             spec = item.spec
             if not isinstance(spec, FunctionSpec):
+                if item.address in items:
+                    facts[item.address] = {**facts[item.address], "dependents": _dependents(conn, item, retired)}
+                    findings += [
+                        Finding(
+                            code="mentioned", address=item.address, message=f"{who} still names it, and it is retired"
+                        )
+                        for who in mentioned(conn, split_identity(item.name)[1], retired)
+                        if who != item.name
+                    ]
                 continue
             named = {spec.owner, *(grant.grantee for grant in spec.acl if grant.grantee is not None)}
             fact: dict[str, Json] = dict(facts.get(item.address, {}))
@@ -203,7 +230,8 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
     ) -> tuple[Statement, ...]:
         """Create or change with every attribute written out: OR REPLACE silently resets what it is not told."""
         if after is None:
-            return ()
+            drop = sql.SQL("DROP ROUTINE {}")
+            return () if before is None else (complete(drop.format(raw(before.identity)), before.owner),)
         name = raw(after.identity)
         statements: list[Statement] = []
         if before is None or _needs_replacement(before, after):
@@ -524,6 +552,25 @@ def _spec(row: Mapping[str, Any]) -> FunctionSpec:
         comment=row["comment"],
         sql_body=row["sql_body"],
     )
+
+
+def _dependents(conn: pg.Connection, item: Declared, retired: Sequence[Declared]) -> list[Json]:
+    """What would be dropped with it, in PostgreSQL's words, but for what is retired as well."""
+    rows = pg.rows(
+        conn,
+        """
+        SELECT DISTINCT pg_catalog.pg_describe_object(d.classid, d.objid, d.objsubid) AS what
+          FROM pg_catalog.pg_depend d
+         WHERE d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+           AND d.refobjid = %(name)s::pg_catalog.regprocedure AND d.deptype IN ('n', 'a', 'i', 'e')
+           AND NOT (d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+                    AND d.objid::pg_catalog.regprocedure::pg_catalog.text = ANY (%(retired)s))
+         ORDER BY 1
+        """,
+        {"name": item.name, "retired": [other.name for other in retired]},
+        doing=f"looking for what depends on {item.name}",
+    )
+    return [row["what"] for row in rows]
 
 
 def _roles(conn: pg.Connection, specs: Sequence[FunctionSpec]) -> set[str]:

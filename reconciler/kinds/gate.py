@@ -9,8 +9,9 @@ from pydantic import Field
 
 from reconciler import pg
 from reconciler.errors import Problem, ServerProblem, Stale
-from reconciler.kinds import Blocked, Kind, Reading, Wanted
+from reconciler.kinds import Blocked, Kind, Reading, Retirement, Wanted
 from reconciler.model import (
+    Absent,
     Change,
     Declared,
     Desired,
@@ -23,7 +24,7 @@ from reconciler.model import (
     Statement,
     glob_regex,
 )
-from reconciler.parts import Complaint, Context, complete, hold, identifier, raw, table
+from reconciler.parts import Complaint, Context, complete, hold, identifier, mentioned, raw, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,6 +42,12 @@ class GateDeclaration(Model):
     safe: str | None = None
     lock: Literal["free", "approval", "locked"] = "free"
     order: tuple[str, ...] = ()
+    store: str | None = None
+
+
+class GateRetirement(Retirement):
+    """What a file says of a gate that is taken out."""
+
     store: str | None = None
 
 
@@ -70,6 +77,7 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
     section = "gates"
     order = 20
     Declaration = GateDeclaration
+    Retirement = GateRetirement
     Spec = GateSpec
     Rules = GateRules
 
@@ -78,14 +86,9 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
     ) -> tuple[GateSpec | None, GateRules | None, list[Complaint | Problem]]:
         """Find the store and refuse what can never be right: an armed locked gate, a value outside its own order."""
         problems: list[Complaint | Problem] = []
-        store_name = declaration.store or (next(iter(context.stores)) if len(context.stores) == 1 else None)
-        store = context.stores.get(store_name) if store_name is not None else None
+        store, problem = _store(declaration.store, context)
         if store is None:
-            known = ", ".join(sorted(context.stores)) or "none is declared"
-            problem = (
-                f"gate store {store_name!r} is not declared" if store_name else "`store` must say which gate store"
-            )
-            problems.append(Complaint(("store",) if store_name else (), f"{problem} (governance.gate_stores: {known})"))
+            problems.append(problem)
         if declaration.lock == "locked":
             if declaration.safe is None:
                 problems.append(Complaint(("lock",), "a locked gate needs `safe`, the only value it may hold"))
@@ -115,6 +118,15 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
         )
         return spec, rules, []
 
+    def retire(
+        self, name: str, retirement: GateRetirement, context: Context
+    ) -> tuple[Absent | None, GateRules | None, list[Complaint]]:
+        """Find the store that the key is taken out of."""
+        store, problem = _store(retirement.store, context)
+        if store is None:
+            return None, None, [problem]
+        return Absent(retire=retirement.retire), GateRules(store=store, reason=retirement.retire), []
+
     def read(
         self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
     ) -> Reading:
@@ -124,9 +136,9 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
         findings: list[Finding] = []
         for name, store in _stores(wanted, desired).items():
             declared = {
-                item.name: _texts(item.spec, item.rules)
+                item.name: _texts(item.spec, item.rules) if isinstance(item.spec, GateSpec) else ()
                 for item in wanted
-                if isinstance(item.spec, GateSpec) and isinstance(item.rules, GateRules) and item.rules.store == store
+                if isinstance(item.rules, GateRules) and item.rules.store == store
             }
             patterns = [glob_regex(entry.matching) for entry in desired.scope.gates if entry.store == name]
             if not declared and not patterns:
@@ -144,6 +156,12 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
                 items[address] = GateSpec(table=store.table, key=row["key"], value=row["value"])
                 facts[address] = {**facts[address], "xmin": row["xmin"], "updated_at": row["updated_at"]}
             findings += _undeclared(conn, name, store, sorted(declared), patterns) if patterns else []
+        retired = [item for item in wanted if isinstance(item.spec, Absent) and item.address in items]
+        findings += [
+            Finding(code="mentioned", address=item.address, message=f"{who} still names {item.name}, which is retired")
+            for item in retired
+            for who in mentioned(conn, item.name, retired)
+        ]
         return Reading(items, facts, findings)
 
     def decide(
@@ -174,10 +192,10 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
     def render(
         self, before: GateSpec | None, after: GateSpec | None, rules: GateRules, context: JsonObject | None
     ) -> tuple[Statement, ...]:
-        """One INSERT, or one UPDATE that finds the row only while it holds the value that was approved."""
+        """One INSERT, or one UPDATE or DELETE that finds the row only while it holds the value that was approved."""
         store = rules.store
         if after is None:
-            return ()
+            return () if before is None else (complete(_delete(before, store)),)
         if before is None:
             columns: dict[str, sql.Composable] = {
                 store.key: sql.Literal(after.key),
@@ -198,19 +216,12 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
                 if store.updated_at
                 else sql.SQL("")
             )
-            # The operator by its schema: one of another schema that fits the column types better must not stand in.
-            old = sql.SQL("IS NULL")
-            if before.value is not None:
-                old = sql.SQL("OPERATOR(pg_catalog.=) {}").format(sql.Literal(before.value))
-            statement = sql.SQL("UPDATE {} SET {} = {}{} WHERE {} OPERATOR(pg_catalog.=) {} AND {} {}").format(
+            statement = sql.SQL("UPDATE {} SET {} = {}{} WHERE {}").format(
                 identifier(after.table),
                 sql.Identifier(store.value),
                 sql.Literal(after.value),
                 touch,
-                sql.Identifier(store.key),
-                sql.Literal(after.key),
-                sql.Identifier(store.value),
-                old,
+                _holds(before, store),
             )
         return (complete(statement),)
 
@@ -230,7 +241,7 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
 
         A row that is there but was not locked was replaced meanwhile: stale.
         """
-        hold(conn, change.after["table"] if change.after else "", change.address)
+        hold(conn, rules.store.table, change.address)
         if before is None:
             return
         query = sql.SQL("SELECT 1 AS locked FROM {} WHERE {} = {} FOR UPDATE").format(
@@ -238,6 +249,32 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
         )
         if len(pg.rows(conn, query, doing=f"locking {change.address}")) != 1:
             raise Stale(f"The plan is stale: {change.address} is no longer the row that was approved.")
+
+
+def _store(name: str | None, context: Context) -> tuple[GateStore | None, Complaint]:
+    """The store of this name, or the only one; else what is wrong."""
+    chosen = name or (next(iter(context.stores)) if len(context.stores) == 1 else None)
+    known = ", ".join(sorted(context.stores)) or "none is declared"
+    problem = f"gate store {chosen!r} is not declared" if chosen else "`store` must say which gate store"
+    complaint = Complaint(("store",) if chosen else (), f"{problem} (governance.gate_stores: {known})")
+    return context.stores.get(chosen) if chosen is not None else None, complaint
+
+
+def _holds(before: GateSpec, store: GateStore) -> sql.Composed:
+    """The condition that finds the row only while it holds this value.
+
+    The operator by its schema: one of another schema that fits the column types better must not stand in.
+    """
+    old = sql.SQL("IS NULL")
+    if before.value is not None:
+        old = sql.SQL("OPERATOR(pg_catalog.=) {}").format(sql.Literal(before.value))
+    return sql.SQL("{} OPERATOR(pg_catalog.=) {} AND {} {}").format(
+        sql.Identifier(store.key), sql.Literal(before.key), sql.Identifier(store.value), old
+    )
+
+
+def _delete(before: GateSpec, store: GateStore) -> sql.Composed:
+    return sql.SQL("DELETE FROM {} WHERE {}").format(identifier(before.table), _holds(before, store))
 
 
 def _texts(spec: GateSpec, rules: GateRules) -> tuple[str, ...]:

@@ -9,9 +9,10 @@ from pydantic import Field
 
 from reconciler import pg
 from reconciler.allowlist import check_expression, check_query
-from reconciler.errors import MissingPrivilege
-from reconciler.kinds import Blocked, Kind, Reading, Wanted
+from reconciler.errors import MissingPrivilege, Stale
+from reconciler.kinds import Blocked, Kind, Reading, Retirement, Wanted
 from reconciler.model import (
+    Absent,
     Change,
     Declared,
     Desired,
@@ -158,6 +159,23 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         )
         return spec, rules, []
 
+    def retire(
+        self, name: str, retirement: Retirement, context: Context
+    ) -> tuple[Absent | None, MarkerRules | None, list[Complaint]]:
+        """Not from the files: a marker belongs to its executor."""
+        message = "a marker belongs to its executor; only `reconciler revert` takes one away, while nobody ticked it"
+        return None, None, [Complaint(("retire",), message)]
+
+    def removable(self, live: MarkerSpec, rules: MarkerRules, facts: Mapping[str, Json]) -> None:
+        """A marker that somebody ticked, or of which nobody can say that, is left alone."""
+        if not facts["passive"]:
+            why = (
+                f"`passive_while: {rules.passive_while}` does not hold"
+                if rules.passive_while
+                else "it has no `passive_while`"
+            )
+            raise Blocked(f"it belongs to its executor now ({why}), so it is not taken away")
+
     def read(
         self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
     ) -> Reading:
@@ -168,12 +186,16 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         known: dict[str, tuple[list[str], list[tuple[str, ...]]]] = {}
         for item in wanted:
             spec, rules = item.spec, item.rules
+            if isinstance(spec, Absent):
+                spec = MarkerSpec(table=(spec.at or {})["table"], key=(spec.at or {})["key"], columns={})
             if not (isinstance(spec, MarkerSpec) and isinstance(rules, MarkerRules)):
                 continue
             refused = _refused(rules, allow_functions)
             row, expected = _row(conn, item.address, spec, rules, passive="passive_while" not in refused)
             key = list(spec.key)
             known.setdefault(spec.table, (key, []))[1].append(tuple(spec.key[column] for column in key))
+            if row is None and isinstance(item.spec, Absent):
+                continue
             if row is None:
                 binds = {
                     column: {"error": refused[column]}
@@ -188,7 +210,8 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
                 findings.append(Finding(code="marker_differs", address=item.address, message=message))
             items[item.address] = MarkerSpec(table=spec.table, key=spec.key, columns=row["columns"])
             facts[item.address] = {"xmin": row["xmin"], "expected": expected, "passive": row["passive"]}
-            findings += _watch(item.address, rules, row, expected)
+            if not isinstance(item.spec, Absent):
+                findings += _watch(item.address, rules, row, expected)
         for entry in desired.scope.markers:
             findings += _undeclared(conn, entry.table, *known.get(entry.table, ([], [])))
         return Reading(items, facts, findings)
@@ -216,7 +239,9 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         self, before: MarkerSpec | None, after: MarkerSpec | None, rules: MarkerRules, context: JsonObject | None
     ) -> tuple[Statement, ...]:
         """One plain INSERT, or one call of the declared function; sorted, so that order in a file means nothing."""
-        if after is None or before is not None:
+        if after is None:
+            return () if before is None else (complete(_delete(before, rules)),)
+        if before is not None:
             return ()
 
         def value(column: str) -> sql.Composable:
@@ -252,7 +277,13 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
 
     def lock(self, conn: pg.Connection, change: Change, before: MarkerSpec | None, rules: MarkerRules) -> None:
         """Keep triggers from being added to the table. No row: a rival's insert of the same key makes ours fail."""
-        if before is None and rules.via is None and change.after is not None:
+        if before is not None:
+            hold(conn, before.table, change.address)
+            query = sql.SQL("SELECT 1 AS locked FROM {} WHERE {} FOR UPDATE")
+            query = query.format(identifier(before.table), _where(before.key))
+            if len(pg.rows(conn, query, doing=f"locking {change.address}")) != 1:
+                raise Stale(f"The plan is stale: {change.address} is no longer the row that was approved.")
+        elif rules.via is None and change.after is not None:
             hold(conn, change.after["table"], change.address)
 
     def settled(self, after: MarkerSpec, live: MarkerSpec | None) -> bool:
@@ -272,6 +303,12 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         """
         shown = {column: HIDDEN if column in rules.bind else value for column, value in after.columns.items()}
         return MarkerSpec(table=after.table, key=after.key, columns=shown, queries=after.queries)
+
+
+def _delete(before: MarkerSpec, rules: MarkerRules) -> sql.Composed:
+    """Only while nobody ticked: the row is locked, the condition stands all the same."""
+    passive = raw(rules.passive_while) if rules.passive_while else sql.SQL("false")
+    return sql.SQL("DELETE FROM {} WHERE {} AND ({})").format(identifier(before.table), _where(before.key), passive)
 
 
 def _declared_types(via: Via, context: Context) -> dict[str, str] | None:

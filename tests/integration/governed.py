@@ -248,7 +248,7 @@ def command(*arguments: str | Path, dsn: str | None = None) -> subprocess.Comple
     """The command in this process, which saves the half second that a new one takes to start."""
     out, err = io.StringIO(), io.StringIO()
     words = ["reconciler", *map(str, arguments)]
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     code: Any = None
     with (
         mock.patch("sys.argv", words),
@@ -261,7 +261,8 @@ def command(*arguments: str | Path, dsn: str | None = None) -> subprocess.Comple
         except SystemExit as ended:
             code = ended.code
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 

@@ -57,8 +57,8 @@ HANDS = [
 
 
 def planner(db: Database, *, tables: tuple[str, ...] = TABLES, reads: tuple[str, ...] = READS) -> str:
-    """A role that may read the declared tables and what the checks look at, nothing else."""
-    role = db.role()
+    """A role that may read the declared tables and what the checks look at, nothing else. The pins know its name."""
+    role = db.role(name=f"planner_{db.name}")
     for table in tables:
         db.execute(f"GRANT SELECT ON {table} TO {role}")
     for read in reads:
@@ -81,7 +81,8 @@ def states(folder: Path, db: Database) -> Path:
     copy = folder / "state"
     shutil.copytree(STATE, copy)
     file = copy / "governance.yaml"
-    file.write_text(file.read_text().replace("  targets:\n", f"  targets:\n    here: {{database: {db.name}}}\n"))
+    text = file.read_text().replace("  targets:\n", f"  targets:\n    here: {{database: {db.name}}}\n")
+    file.write_text(text.replace("readers: [operator, planner]", f"readers: [planner_{db.name}]"))
     return copy
 
 

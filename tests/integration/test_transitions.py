@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
 
+from reconciler import apply as applying
+from reconciler import definitions
 from reconciler.errors import NotApproved, Violated
 from tests.integration import governed
 
@@ -304,6 +307,207 @@ def test_a_cursor_that_moved_on_is_good_news(counted: Governed) -> None:
     assert rows["surface.cursor"].status == "predicted"
 
 
+class Meanwhile:
+    """A progress that lets others write and commit, each time the apply comes to a stage."""
+
+    def __init__(self, system: Governed, *statements: str, stages: tuple[str, ...] = ("execute", "verify")) -> None:
+        self._system = system
+        self._statements = statements
+        self._left = list(stages)
+        self.times = 0
+
+    def __call__(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
+        if stage not in self._left:
+            return
+        self._left.remove(stage)
+        with psycopg.connect(self._system.db.dsn, autocommit=True) as conn:
+            for statement in self._statements:
+                conn.execute(statement.encode())
+                self.times += 1
+
+
+OTHERS = {
+    "jobs": ("INSERT INTO app.job SELECT 1 + max(id), 'somebody' FROM app.job", "2 -> 4 (+2), +2 by others"),
+    "settings": (
+        "INSERT INTO app.settings SELECT 'theirs.' || count(*), 'x' FROM app.settings",
+        "3 -> 7 (+4), +2 by others",
+    ),
+    "till-keys": (
+        "INSERT INTO app.settings SELECT 'shop.theirs.' || count(*), 'x' FROM app.settings",
+        "0 -> 3 (+3), +2 by others",
+    ),
+    "heartbeats": (
+        "INSERT INTO app.heartbeat SELECT 'w' || count(*), 'x', now() FROM app.heartbeat",
+        "0 -> 3 (+3), +2 by others",
+    ),
+    "functions": ("SELECT 1", "1 -> 2 (+1)"),
+    "outbox": ("INSERT INTO app.outbox (note) VALUES ('theirs')", "10 -> 12 (+2), +2 by others"),
+    "owners": ("INSERT INTO app.job VALUES (-1, 'zoe') ON CONFLICT DO NOTHING", "ann, bob -> ann, bob, zoe, by others"),
+    "tables": (
+        "CREATE TABLE IF NOT EXISTS app.theirs (id int)",
+        r"(\d+) -> \d+ \(\+1\), \+1 by others",
+    ),
+}
+
+
+@pytest.fixture
+def crowded(counted: Governed) -> Governed:
+    counted.sql("INSERT INTO app.job VALUES (1, 'ann'), (2, 'bob')")
+    counted.state["surface"] = {
+        **SURFACE,
+        "till-keys": {**SURFACE["till-keys"], "query": SURFACE["till-keys"]["query"].replace("shop.t%", "shop.t_%")},
+        "owners": {"query": "SELECT pg_catalog.string_agg(j.actor, ', ' ORDER BY j.actor) FROM app.job AS j"},
+        "tables": {
+            "query": "SELECT pg_catalog.count(*) FROM pg_catalog.pg_class AS c"
+            " JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace WHERE n.nspname = 'app'"
+        },
+    }
+    return counted.write()
+
+
+@pytest.mark.parametrize("row", OTHERS)
+def test_what_others_commit_during_the_apply_is_theirs(crowded: Governed, row: str) -> None:
+    statement, said = OTHERS[row]
+    # An entry of the ledger is a table too: the catalogs of the first apply are written by us.
+    crowded.settle() if row == "tables" else None
+    if row == "tables":
+        crowded.state["gates"]["shop.limit"]["value"] = "20"
+        crowded.write()
+    meanwhile = Meanwhile(crowded, statement)
+    done = applying.apply(crowded.request(crowded.plan()), meanwhile)
+    assert meanwhile.times == 2
+    rows = {one.address.partition(".")[2]: one for one in done.surface}
+    assert {one.status for one in rows.values()} == {"predicted"}, rows
+    assert re.fullmatch(said if row == "tables" else re.escape(said), rows[row].detail), rows[row].detail
+    assert done.problems == ()
+    crowded.in_sync()
+
+
+OURS = {
+    # Ours alone, among many of theirs.
+    "jobs": ("INSERT INTO app.job VALUES (99, 'ours');", "and of our own it is +1"),
+    "settings": ("INSERT INTO app.settings VALUES ('stray', 'x');", "and of our own it is +3"),
+    "till-keys": ("INSERT INTO app.settings VALUES ('stray', 'x');", "app.settings: "),
+    "heartbeats": ("INSERT INTO app.heartbeat VALUES ('stray', 'x', now());", "and of our own it is +2"),
+    "owners": ("INSERT INTO app.job VALUES (99, 'ours');", "app.job: 1 row written"),
+    "outbox": ("INSERT INTO app.outbox (note) VALUES ('ours');", "we wrote to it: app.outbox: 1 row written"),
+    "functions": ("CREATE FUNCTION app.stray() RETURNS int LANGUAGE sql AS 'SELECT 1';", "predicted +1"),
+    "tables": ("CREATE TABLE app.stray (id int);", "predicted unchanged; pg_catalog.pg_class: "),
+}
+
+
+@pytest.mark.parametrize("row", OURS)
+def test_what_we_wrote_is_not_hidden_by_what_others_write(crowded: Governed, row: str) -> None:
+    body, said = OURS[row]
+    behind_our_back(crowded, f"IF NEW.name = 'shop.open' THEN {body} END IF;")
+    meanwhile = Meanwhile(crowded, OTHERS[row][0])
+    with pytest.raises(Violated) as caught:
+        applying.apply(crowded.request(crowded.plan()), meanwhile)
+    (line,) = [line for line in caught.value.details if line.startswith(f"surface.{row}: ")]
+    assert said in line
+    crowded.sql("DROP TRIGGER on_change ON app.settings")
+    crowded.settle()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ("DELETE FROM app.job WHERE id = 1;", "INSERT INTO app.job VALUES (7, 'x')", "2 -> 2, .*of our own it is -1"),
+        ("INSERT INTO app.job VALUES (7, 'x');", "DELETE FROM app.job WHERE id = 1", "2 -> 2, .*of our own it is \\+1"),
+        ("TRUNCATE app.job;", None, "2 -> 0, predicted unchanged; app.job: AccessExclusiveLock taken"),
+    ],
+)
+def test_what_we_took_away_cannot_be_made_up_for_by_others(
+    crowded: Governed, ours: str, theirs: str | None, said: str
+) -> None:
+    """At an equal number, because somebody else wrote as much the other way."""
+    behind_our_back(crowded, f"IF NEW.name = 'shop.open' THEN {ours} END IF;")
+    meanwhile = Meanwhile(crowded, *([theirs] if theirs else []), stages=("verify",))
+    with pytest.raises(Violated) as caught:
+        applying.apply(crowded.request(crowded.plan()), meanwhile)
+    (line,) = [line for line in caught.value.details if line.startswith("surface.jobs: ")]
+    assert re.search(said, line)
+
+
+BLIND = {
+    "a view": ("SELECT v.n FROM app.seen AS v", "app.seen is no table"),
+    "a function of the catalog": (
+        "SELECT pg_catalog.string_agg(pg_catalog.format_type(23, j.id::int4), ',') FROM app.job AS j",
+        "it calls a function that may read anything",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_where_nobody_can_tell_whose_it_is_a_difference_blocks(crowded: Governed, name: str) -> None:
+    query, why = BLIND[name]
+    crowded.sql("CREATE VIEW app.seen AS SELECT count(*) AS n FROM app.job")
+    crowded.state["surface"] = {"blind": {"query": query}}
+    crowded.write()
+    with pytest.raises(Violated) as caught:
+        applying.apply(crowded.request(crowded.plan()), Meanwhile(crowded, OTHERS["jobs"][0]))
+    (line,) = caught.value.details
+    assert line.endswith(f"predicted unchanged; nobody can tell who did it, because {why}")
+    crowded.settle()
+
+
+def test_counters_that_are_off_tell_nothing(crowded: Governed) -> None:
+    crowded.state["surface"] = {"jobs": SURFACE["jobs"]}
+    crowded.write()
+    crowded.sql(f"ALTER DATABASE {crowded.db.name} SET track_counts = off")
+    with pytest.raises(Violated) as caught:
+        applying.apply(crowded.request(crowded.plan()), Meanwhile(crowded, OTHERS["jobs"][0]))
+    assert caught.value.details[0].endswith("because track_counts is off")
+    crowded.settle()
+
+
+def test_a_partition_that_was_attached_meanwhile_hides_nothing(crowded: Governed) -> None:
+    crowded.state["surface"] = {"log": {"query": "SELECT pg_catalog.count(*) FROM app.log"}}
+    crowded.state["invariants"]["log-untouched"] = {"untouched": ["app.log"]}
+    crowded.write()
+    behind_our_back(
+        crowded,
+        "IF NEW.name = 'shop.open' AND to_regclass('app.log_later') IS NOT NULL THEN"
+        " INSERT INTO app.log VALUES ('2150-01-01', 'x'); END IF;",
+    )
+    partition = "CREATE TABLE app.log_later PARTITION OF app.log FOR VALUES FROM ('2100-01-01') TO ('2200-01-01')"
+    with pytest.raises(Violated) as caught:
+        applying.apply(crowded.request(crowded.plan()), Meanwhile(crowded, partition, stages=("execute",)))
+    assert sorted(caught.value.details) == [
+        "invariant.log-untouched: violated: app.log_later: 1 row written",
+        "surface.log: differs: 0 -> 1, predicted unchanged, and of our own it is +1",
+    ]
+
+
+def test_an_answer_that_others_change_during_the_apply_is_theirs(crowded: Governed) -> None:
+    crowded.state["invariants"]["jobs"] = {"query": "SELECT j.* FROM app.job AS j", "unchanged": True}
+    proxy = {"query": "SELECT j.id FROM app.job AS j", "unchanged": True}
+    crowded.state["invariants"]["no-mail"] = {"attest": "No mail was sent.", "proxy": proxy}
+    crowded.write()
+    plan = crowded.plan()
+    approval = crowded.approve(plan, attested=["no-mail"])
+    done = applying.apply(crowded.request(plan, [approval]), Meanwhile(crowded, OTHERS["jobs"][0]))
+    said = {one.address.partition(".")[2]: (one.status, one.detail) for one in done.invariants}
+    assert said["jobs"] == ("held", "the answer changed during the apply, by others")
+    assert said["no-mail"] == (
+        "attested",
+        "No mail was sent. What its proxy query sees changed during the apply, by others.",
+    )
+    crowded.in_sync()
+
+
+def test_an_answer_that_we_change_beside_others_is_ours(crowded: Governed) -> None:
+    crowded.state["invariants"]["jobs"] = {"query": "SELECT j.* FROM app.job AS j", "unchanged": True}
+    crowded.write()
+    behind_our_back(crowded, "UPDATE app.job SET actor = 'ours' WHERE id = 1;")
+    with pytest.raises(Violated) as caught:
+        applying.apply(crowded.request(crowded.plan()), Meanwhile(crowded, OTHERS["jobs"][0]))
+    assert any(
+        line.startswith("invariant.jobs: violated: the answer changed during the apply; app.job: ")
+        for line in caught.value.details
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------- pins
 
 
@@ -315,6 +519,7 @@ CREATE TABLE app.observed (
 CREATE FUNCTION app.guard() RETURNS trigger LANGUAGE plpgsql AS $body$
 BEGIN IF NEW.kind = 'c' THEN RAISE 'no'; END IF; RETURN NEW; END $body$;
 CREATE TRIGGER guard BEFORE INSERT ON app.observed FOR EACH ROW EXECUTE FUNCTION app.guard();
+GRANT SELECT ON app.observed TO {caller};
 CREATE FUNCTION app.alias_one(a int) RETURNS int LANGUAGE sql AS 'SELECT a';
 CREATE FUNCTION app.alias_two(a int) RETURNS int LANGUAGE sql AS 'SELECT a';
 """
@@ -345,6 +550,17 @@ TAMPERED = [
     ("table", "ALTER TABLE app.observed OWNER TO {owner}"),
     ("table", "GRANT INSERT ON app.observed TO {caller}"),
     ("table", "GRANT UPDATE (kind) ON app.observed TO {caller}"),
+    ("table", "GRANT SELECT ON app.observed TO {stranger}"),
+    ("table", "GRANT SELECT ON app.observed TO PUBLIC"),
+    ("table", "GRANT SELECT (kind) ON app.observed TO {stranger}"),
+    ("table", "GRANT SELECT ON app.observed TO {caller} WITH GRANT OPTION"),
+    ("table", "REVOKE SELECT ON app.observed FROM {caller}"),
+    (
+        "table",
+        "GRANT SELECT ON app.observed TO {owner} WITH GRANT OPTION; SET ROLE {owner};"
+        " GRANT SELECT ON app.observed TO {stranger}; RESET ROLE; REVOKE ALL ON app.observed FROM {owner} CASCADE;"
+        " GRANT SELECT ON app.observed TO {owner}",
+    ),
     ("table", "ALTER TABLE app.observed ENABLE ROW LEVEL SECURITY"),
     ("table", "CREATE POLICY mine ON app.observed USING (kind = 'a')"),
     ("table", "CREATE RULE silent AS ON DELETE TO app.observed DO INSTEAD NOTHING"),
@@ -401,6 +617,73 @@ def test_a_pinned_definition_that_moved_is_seen(pinned: Governed, pin: str, by_h
     assert verdicts[f"invariant.{pin}"] == "violated"
     assert verdicts[f"invariant.{'functions' if pin == 'table' else 'table'}"] == "held"
     assert plan.outcome == "violated"
+
+
+READER = [
+    ("GRANT SELECT ON app.observed TO {stranger}", "held"),
+    ("GRANT SELECT (kind, id) ON app.observed TO {stranger}", "held"),
+    ("REVOKE SELECT ON app.observed FROM {stranger}", "held"),
+    ("GRANT SELECT ON app.observed TO {stranger} WITH GRANT OPTION", "violated"),
+    ("GRANT INSERT ON app.observed TO {stranger}", "violated"),
+    ("GRANT SELECT, UPDATE ON app.observed TO {stranger}", "violated"),
+    ("GRANT UPDATE (kind) ON app.observed TO {stranger}", "violated"),
+    ("GRANT SELECT ON app.observed TO PUBLIC", "violated"),
+    ("GRANT SELECT ON app.observed TO {owner}", "violated"),
+]
+
+
+@pytest.mark.parametrize("tables", ["table", "tables"])
+@pytest.mark.parametrize(("by_hand", "status"), READER)
+def test_a_reader_may_read_and_nothing_else(pinned: Governed, tables: str, by_hand: str, status: str) -> None:
+    pin = {"table": "app.observed"} if tables == "table" else {"tables": ["app.outbox", "app.observed"]}
+    pinned.state["invariants"]["table"]["pin"] = pin
+    pinned.write()
+    assert governed.command("pin", "-s", pinned.directory, dsn=pinned.db.dsn).returncode == 0
+    # Named after the capture: it needs no new one.
+    pinned.state["invariants"]["table"]["pin"]["readers"] = [pinned.stranger]
+    pinned.write()
+    pinned.sql(by_hand)
+    (verdict,) = [one for one in pinned.plan().invariants if one.address == "invariant.table"]
+    assert verdict.status == status, verdict.detail
+
+
+def test_a_reader_that_was_captured_as_one_may_lose_it(pinned: Governed) -> None:
+    pinned.state["invariants"]["table"]["pin"]["readers"] = [pinned.caller]
+    pinned.write()
+    assert f"grant to {pinned.caller}: SELECT by postgres" in (pinned.directory / "pins.yaml").read_text()
+    pinned.settle()
+    pinned.sql("REVOKE SELECT ON app.observed FROM {caller}")
+    pinned.in_sync()
+    assert pinned.plan().blocking == ()
+
+
+@pytest.mark.parametrize("name", ["user", "grant to x", 'a"b', "Über", "PUBLIC x"])
+def test_the_name_of_a_reader_may_be_anything(pinned: Governed, name: str) -> None:
+    """A name is only itself: no reader's name can cover another role's right."""
+    pinned.state["invariants"]["table"]["pin"]["readers"] = [name]
+    pinned.write()
+    pinned.sql("GRANT SELECT ON app.observed TO {stranger}")
+    assert pinned.plan().outcome == "violated"
+    pinned.sql("REVOKE SELECT ON app.observed FROM {stranger}")
+    quoted = '"' + name.replace('"', '""') + '"'
+    with psycopg.connect(pinned.db.dsn) as conn:
+        # Not committed: roles are the server's. A role of our own transaction is enough to read its grant back.
+        conn.execute(f"CREATE ROLE {quoted}".encode())
+        conn.execute(f"GRANT SELECT ON app.observed TO {quoted}; GRANT SELECT (kind) ON app.observed TO {quoted}".encode())
+        lines = conn.execute(
+            "SELECT quote_ident(pg_get_userbyid((aclexplode(relacl)).grantee)) FROM pg_class"
+            " WHERE oid = 'app.observed'::regclass"
+        ).fetchall()
+        assert definitions.reading(name) in {f"grant to {shown}: SELECT " for (shown,) in lines}
+        conn.rollback()
+
+
+def test_functions_have_no_readers(pinned: Governed) -> None:
+    pinned.state["invariants"]["functions"]["pin"]["readers"] = [pinned.stranger]
+    pinned.write()
+    done = governed.command("validate", "-s", pinned.directory)
+    assert done.returncode == 1
+    assert "`readers` goes with `table` and `tables`" in done.stderr
 
 
 def test_a_definition_that_the_apply_itself_would_change_rolls_back(pinned: Governed) -> None:
