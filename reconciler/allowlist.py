@@ -52,7 +52,7 @@ CATALOG = frozenset(
     to_regrole to_regtype version
     """.split()
 )
-"""Functions that say what the catalog says: names, definitions, comments, privileges. FROM does not show what they read.
+"""Functions that say what the catalog says: names, definitions, comments, privileges. FROM shows not what they read.
 
 No pg_input_is_valid: it runs the code of types.
 """

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import psycopg
-from psycopg import sql
-
-from reconciler import approve, capabilities, ledger, live, pg, settle, setup
+from reconciler import approve, capabilities, execute, ledger, live, locks, pg, settle, setup
 from reconciler.diff import changes as diff_changes
 from reconciler.errors import (
     Locked,
@@ -23,7 +19,7 @@ from reconciler.errors import (
     Stale,
     UsageError,
 )
-from reconciler.kinds import Kind, kinds
+from reconciler.kinds import kinds
 from reconciler.model import (
     FORMAT_VERSION,
     Approval,
@@ -36,10 +32,10 @@ from reconciler.model import (
     Governed,
     Json,
     Live,
-    Model,
     Outcome,
     Plan,
     Policy,
+    Statement,
     Verdict,
     blocking,
     milliseconds,
@@ -49,6 +45,7 @@ from reconciler.plan import stamp
 from reconciler.record import Progress, Record, Request
 from reconciler.survey import Survey, survey
 from reconciler.trust import EDITED, check_plan, same_target
+from reconciler.waits import Waits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,10 +54,6 @@ if TYPE_CHECKING:
 
 TAKEN = frozenset({"23505", "42710", "42723", "42P06", "42P07"})
 """What PostgreSQL says when something is there already: a key, an object, a function, a schema, a table."""
-
-
-GONE = frozenset({"3F000", "42704", "42883", "42P01"})
-"""What PostgreSQL says when something is not there: a schema, an object, a function, a table."""
 
 
 DRAINS = 20
@@ -76,6 +69,7 @@ class _Run:
     policy: Policy
     ledger_exists: bool
     deadline: float
+    waits: Waits
     progress: Record
 
     @property
@@ -101,16 +95,18 @@ def apply(request: Request, progress: Progress) -> Outcome:
         progress("check", "identity, approvals, privileges")
         last = _preflight(conn, request, desired)
         policy = last.policy or desired.policy
-        run = _Run(
-            request=request,
-            desired=desired,
-            policy=policy,
-            ledger_exists=last.exists,
-            deadline=time.monotonic() + milliseconds(policy.apply.max_duration) / 1000,
-            progress=record,
-        )
-        record.begun = True
-        _transaction(conn, run)
+        with Waits(request.dsn, milliseconds(policy.apply.lock_timeout)) as waits:
+            run = _Run(
+                request=request,
+                desired=desired,
+                policy=policy,
+                ledger_exists=last.exists,
+                deadline=time.monotonic() + milliseconds(policy.apply.max_duration) / 1000,
+                waits=waits,
+                progress=record,
+            )
+            record.begun = True
+            _transaction(conn, run)
     try:
         progress("after", "planning again on a new connection")
         problems = _after(request, desired)
@@ -173,24 +169,36 @@ def _transaction(conn: pg.Connection, run: _Run) -> None:
     """BEGIN to COMMIT. Whatever is raised before COMMIT leaves the database as it was."""
     record = run.progress
     try:
-        xid = _begin_and_lock(conn, run)
-        record.transaction_id, record.started_at = xid, stamp(_server_time(conn))
-        before = _unchanged(conn, run)
-        record.found = before.survey
-        memos = live.remember(conn, Asked(run.desired, before.survey.last.allow_functions))
-        _execute(conn, run)
-        verdicts, found = _look_again(conn, run, memos, before.approvals)
-        record.found = replace(before.survey, live=found)
-        record.entry = _record(conn, run, before, found, verdicts, xid)
-        _still(conn, run, found, xid)
+        with run.waits.named():
+            before = locks.take(conn, _task(run), lambda xid: _unchanged(conn, run, xid))
+            record.found = before.survey
+            memos = live.remember(conn, Asked(run.desired, before.survey.last.allow_functions))
+            _execute(conn, run)
+            run.waits.ready(conn)
+            verdicts, found = _look_again(conn, run, memos, before.approvals)
+            record.found = replace(before.survey, live=found)
+            record.entry = _record(conn, run, before, found, verdicts)
+            _still(conn, run, found, before.xid)
         record.finished_at = stamp(_server_time(conn))
     except BaseException:
-        _roll_back(conn)
+        pg.roll_back(conn)
         with suppress(ReconcilerError):
             record.finished_at = stamp(_server_time(conn))
         raise
     record("commit")
-    settle.commit(conn, _case(run, xid), record)
+    settle.commit(conn, _case(run, before.xid), record)
+
+
+def _task(run: _Run) -> locks.Task:
+    return locks.Task(
+        plan=run.request.plan,
+        desired=run.desired,
+        policy=run.policy.apply,
+        ledger_exists=run.ledger_exists,
+        waits=run.waits,
+        progress=run.progress,
+        in_time=lambda: _in_time(run),
+    )
 
 
 def _case(run: _Run, xid: str) -> settle.Case:
@@ -207,101 +215,19 @@ def _case(run: _Run, xid: str) -> settle.Case:
     )
 
 
-def _begin_and_lock(conn: pg.Connection, run: _Run) -> str:
-    """Take every lock, from BEGIN again when one was not to be had in time. Returns the transaction id."""
-    attempts = run.policy.apply.lock_retries + 1
-    for attempt in range(1, attempts + 1):
-        run.progress("lock", f"attempt {attempt} of {attempts}" if attempt > 1 else "")
-        try:
-            return _lock(conn, run)
-        except (Locked, Stale) as error:
-            _roll_back(conn)
-            # Another apply, and a stale row, will not become ours by waiting.
-            if isinstance(error, Stale) or error.details or attempt == attempts:
-                raise
-            time.sleep(min(0.1 * attempt, 1.0))
-            _in_time(run)
-        except BaseException:
-            _roll_back(conn)
-            raise
-    raise AssertionError
-
-
-def _lock(conn: pg.Connection, run: _Run) -> str:
-    policy = run.policy.apply
-    pg.run(conn, "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
-    pg.settings(conn, milliseconds(policy.statement_timeout))
-    pg.run(conn, sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(milliseconds(policy.lock_timeout))))
-    idle = sql.SQL("SET LOCAL idle_in_transaction_session_timeout = {}")
-    pg.run(conn, idle.format(sql.Literal(milliseconds(policy.max_duration))))
-    _advisory_lock(conn, run.desired.name)
-    xid: str = pg.rows(conn, "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid")[0]["xid"]
-    if run.ledger_exists:
-        # Nobody adds a trigger to it from here on; what is there already was made by somebody we trust.
-        pg.run(conn, "LOCK TABLE reconciler.entry IN ROW EXCLUSIVE MODE", "locking the ledger")
-        ledger.check_shape(conn, written_by_us=True)
-    for change in sorted(run.request.plan.changes, key=lambda change: change.address):
-        if "forget" not in change.actions:
-            _in_time(run)
-            kind = kinds()[change.kind]
-            before = None if change.before is None else kind.load(change.before)
-            _hold(conn, kind, change, before, run.desired.items[change.address].rules)
-    return xid
-
-
-def _hold(conn: pg.Connection, kind: Kind[Any, Any, Any], change: Change, before: Model | None, rules: Model) -> None:
-    """Lock one object. What is not there any more makes the plan stale."""
-    try:
-        kind.lock(conn, change, before, rules)
-    except ServerProblem as error:
-        if getattr(error.__cause__, "sqlstate", None) in GONE:
-            raise Stale(
-                f"The plan is stale: {change.address} is no longer there.",
-                details=[error.message],
-                hint="Nothing was changed. Plan again, read it, approve it.",
-            ) from error
-        raise
-
-
-def lock_key(name: str) -> int:
-    """The advisory lock of a governance name: a signed 64-bit number made from its SHA-256."""
-    return int.from_bytes(hashlib.sha256(f"reconciler:{name}".encode()).digest()[:8], "big", signed=True)
-
-
-def _advisory_lock(conn: pg.Connection, name: str) -> None:
-    key = lock_key(name)
-    if pg.rows(conn, "SELECT pg_catalog.pg_try_advisory_xact_lock(%s::pg_catalog.int8) AS got", (key,))[0]["got"]:
-        return
-    holders = pg.rows(
-        conn,
-        """
-        SELECT l.pid, a.usename::pg_catalog.text AS role, a.application_name AS application
-          FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
-           AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
-           AND ((l.classid::pg_catalog.int8 << 32) | l.objid::pg_catalog.int8) = %s
-        """,
-        (key,),
-    )
-    who = [f"held by process {row['pid']}, role {row['role']}, {row['application'] or 'no name'}" for row in holders]
-    raise Locked(
-        f"Another apply of {name} is running.",
-        details=who or ["held by a process that ended meanwhile"],
-        hint="Nothing was changed. Wait for it, then plan again.",
-    )
-
-
 @dataclass(frozen=True)
 class _Confirmed:
     """What the look under the locks gave: all that was seen, the plan made again, and the approvals that count."""
 
+    xid: str
     survey: Survey
     plan: Plan
     approvals: Sequence[Approval]
 
 
-def _unchanged(conn: pg.Connection, run: _Run) -> _Confirmed:
+def _unchanged(conn: pg.Connection, run: _Run, xid: str) -> _Confirmed:
     """Under the locks: read everything again, plan again, and go on only with the digest that was approved."""
+    run.progress.transaction_id, run.progress.started_at = xid, stamp(_server_time(conn))
     run.progress("read", "planning again under the locks")
     found = survey(conn, run.desired)
     plan = run.request.plan
@@ -337,7 +263,7 @@ def _unchanged(conn: pg.Connection, run: _Run) -> _Confirmed:
         )
     run.progress.verdicts = found.verdicts
     approve.refuse_blocked(again)
-    return _Confirmed(found, again, counted)
+    return _Confirmed(xid, found, again, counted)
 
 
 def _differences(plan: Plan, again: Plan) -> list[str]:
@@ -365,23 +291,18 @@ def _rendered(plan: Plan) -> list[tuple[str, Any, Any]]:
 
 def _execute(conn: pg.Connection, run: _Run) -> None:
     """Every statement of the plan in its order, each under its role and the declared path."""
-    path = sql.SQL(", ").join(map(sql.Identifier, run.policy.apply.search_path))
     total, number = len(run.request.plan.statements), 0
     for change in (*run.request.plan.setup, *run.request.plan.changes):
-        item = run.desired.items.get(change.address)
-        under: tuple[str, ...] | None = getattr(item.rules, "created_under", None) if item else None
-        chosen = sql.SQL(", ").join(map(sql.Identifier, under)) if under else path
+        chosen = execute.path_of(change, run.desired.items, run.policy)
         answer = ""
         for statement in change.statements:
             number += 1
             run.progress("execute", change.address, number, total)
             remaining = _in_time(run)
             pg.timeout(conn, max(1, min(milliseconds(run.policy.apply.statement_timeout), int(remaining * 1000))))
-            pg.run(conn, sql.SQL("SET LOCAL search_path = {}").format(chosen))
-            if statement.role is not None:
-                pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(statement.role)), change.address)
+            run.waits.ready(conn)
             begun = time.monotonic()
-            answer = _send(conn, change, statement.text) or answer
+            answer = _send(conn, change, statement, chosen) or answer
             run.progress.executed.append(
                 Executed(
                     address=change.address,
@@ -390,17 +311,15 @@ def _execute(conn: pg.Connection, run: _Run) -> None:
                     seconds=round(time.monotonic() - begun, 6),
                 )
             )
-            if statement.role is not None:
-                pg.run(conn, "SET LOCAL ROLE NONE")
         if change.kind == "marker" and change.after is not None:
             _marker_is_there(conn, run, change, answer)
     pg.run(conn, "SET LOCAL search_path = ''")
 
 
-def _send(conn: pg.Connection, change: Change, text: str) -> str:
+def _send(conn: pg.Connection, change: Change, statement: Statement, path: Sequence[str]) -> str:
     """Execute one statement. What somebody else created since the last look makes the plan stale."""
     try:
-        return pg.execute(conn, text, doing=change.address)
+        return execute.one(conn, statement, path, change.address)
     except ServerProblem as error:
         if change.before is None and getattr(error.__cause__, "sqlstate", None) in TAKEN:
             raise Stale(
@@ -496,9 +415,7 @@ def _settled(change: Change, found: Live) -> bool:
     return kind.settled(kind.load(change.after), found.items.get(change.address))
 
 
-def _record(  # noqa: PLR0913, PLR0917 - what an entry consists of
-    conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, verdicts: Sequence[Verdict], xid: str
-) -> Entry:
+def _record(conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, verdicts: Sequence[Verdict]) -> Entry:
     """The ledger entry, in the same transaction. It holds the plan as made again here, not the file's."""
     run.progress("record")
     body = Body(
@@ -512,7 +429,7 @@ def _record(  # noqa: PLR0913, PLR0917 - what an entry consists of
         scope=setup.scope(run.desired),
         manifest=manifest(run.desired, found),
         checks=tuple(verdicts),
-        transaction_id=xid,
+        transaction_id=before.xid,
     )
     return ledger.append(conn, run.desired.name, before.survey.last, body)
 
@@ -571,15 +488,6 @@ def _in_time(run: _Run) -> float:
             hint="Nothing was changed. Find what it waited for, or raise governance.apply.max_duration.",
         )
     return remaining
-
-
-def _roll_back(conn: pg.Connection) -> None:
-    if conn.closed or conn.broken:
-        return
-    try:
-        conn.execute("ROLLBACK")
-    except psycopg.Error:
-        conn.close()  # the server rolls back what a closed connection leaves
 
 
 # -------------------------------------------------------------------------------------------------------------- the end

@@ -21,7 +21,7 @@ from reconciler import __version__
 from reconciler.errors import InputError, Interrupted, ReconcilerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from reconciler.evidence import Folder
     from reconciler.model import Approval, Entry, Model, Outcome, Plan
@@ -191,13 +191,20 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
             click.echo(f"Not written: {given['out']}. An invariant blocks this plan.", err=True)
         ctx.exit(3)
     if given["out"]:
-        plans.write(given["out"], made.dump(), private=True)
-        if made.has_changes:
-            accept = "".join(f" --accept {hazard}" for hazard in made.hazards)
-            accept += "".join(f" --attest {name}" for name in made.attestations)
-            click.echo(f"Saved {given['out']}. Next, once you have read it:", err=True)
-            click.echo(f'  reconciler approve {given["out"]} --as NAME --reason "..."{accept}', err=True)
+        _save(made, given["out"])
     ctx.exit(2 if made.has_changes and given["detailed_exitcode"] else 0)
+
+
+def _save(made: Plan, out: Path) -> None:
+    """Write the plan, and say what comes next."""
+    from reconciler import plan as plans
+
+    plans.write(out, made.dump(), private=True)
+    if made.has_changes:
+        accept = "".join(f" --accept {hazard}" for hazard in made.hazards)
+        accept += "".join(f" --attest {name}" for name in made.attestations)
+        click.echo(f"Saved {out}. Next, once you have read it:", err=True)
+        click.echo(f'  reconciler approve {out} --as NAME --reason "..."{accept}', err=True)
 
 
 @cli.command()
@@ -606,6 +613,87 @@ def pin(state: Path, target: str | None, dsn: str | None, allow_untested_server:
     click.echo(
         f"Captured {count} pin{'' if count == 1 else 's'} in {written}. Review it like any other change.", err=True
     )
+
+
+@cli.command()
+@click.argument("entry")
+@_state_option
+@_target_option
+@_server_options
+@_report_options
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where to save the plan that undoes it.")
+@click.option("--prove", is_flag=True, help="ENTRY is a saved plan: apply and revert it, roll back, say what remains.")
+@click.pass_context
+def revert(ctx: click.Context, /, entry: str, **given: Any) -> None:  # noqa: ANN401 - as plan
+    """Make the plan that undoes an ENTRY of the ledger, given by its number. Approve and apply it like any other.
+
+    With --prove nothing was applied yet: the saved plan ENTRY is applied and reverted in a transaction that is rolled
+    back, and what would not be as before is named.
+
+    \b
+    Examples:
+      reconciler revert 12 --out undo.plan --dsn postgresql://operator@db/app -t production
+      reconciler revert --prove phase2.plan --dsn postgresql://operator@db/app
+    """
+    if given["prove"]:
+        ctx.exit(_prove_revert(Path(entry), given))
+    from reconciler import desired, drift, ledger, live, pg
+    from reconciler import revert as undoing
+    from reconciler.errors import UsageError
+    from reconciler.render import text
+    from reconciler.survey import survey
+
+    if not entry.isdecimal() or given["out"] is None:
+        raise UsageError(
+            "revert needs the number of a ledger entry, and --out for the plan that undoes it.",
+            hint="Plans and evidence name the entry; `reconciler revert 12 --out undo.plan`.",
+        )
+    number = int(entry)
+    files = desired.load(given["state"], given["target"])
+    with pg.connect(given["dsn"], "revert") as conn:
+        pg.check_version(conn, allow_untested=given["allow_untested_server"])
+        with pg.snapshot(conn):
+            live.identify(conn, files)
+            last = ledger.last(conn, files.name)
+            ledger.check_named(files, last)
+            undone = ledger.numbered(conn, files.name, number)
+            if undone is None or last.entry is None:
+                known = f"they go from 1 to {last.entry.number}" if last.entry else "there are none"
+                raise UsageError(f"{files.name} has no ledger entry {entry} on this database; {known}.")
+            before = ledger.numbered(conn, files.name, number - 1)
+            wanted = undoing.declarations(undoing.of_entry(undone, before, last.entry), files)
+            found = survey(conn, wanted)
+    moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
+    made = found.plan(datetime.now(UTC), moved.drift)
+    if given["form"] == "text":
+        click.echo(text.plan(made, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
+    else:
+        _document(made, given["form"], "plan")
+    _save(made, given["out"])
+
+
+def _prove_revert(plan_file: Path, given: Mapping[str, Any]) -> int:
+    """Apply, revert, roll back; the exit code."""
+    from reconciler import plan as plans
+    from reconciler import undo
+    from reconciler.errors import UsageError
+
+    if given["out"] is not None:
+        raise UsageError("--prove saves no plan.", hint="Leave --out away; after the apply, `reconciler revert ENTRY`.")
+    made, _ = plans.load(plan_file)
+    found = undo.prove(given["dsn"], made, allow_untested=given["allow_untested_server"])
+    if given["form"] == "json":
+        _json(found)
+    else:
+        for line in found.left:
+            click.echo(f"  ! {line}")
+        click.echo(
+            f"Not undone: {len(found.left)} of {len(made.changes)} changes."
+            if found.left
+            else f"Applied and reverted: all {len(made.changes)} changes are undone; {found.seconds:.2f} s."
+        )
+        click.echo("Everything was rolled back.")
+    return undo.exit_code(found)
 
 
 @cli.command()

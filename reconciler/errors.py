@@ -14,6 +14,7 @@ ReconcilerError                1  error
 │   ├── Stale                  4
 │   ├── NotApproved            4
 │   └── Locked                 4
+│       └── AnotherApply       4
 └── OutcomeUnknown             5  the connection was lost in COMMIT
 """
 
@@ -133,6 +134,10 @@ class Locked(Refused):
     """Somebody else holds what this apply needs."""
 
     outcome = "locked"
+
+
+class AnotherApply(Locked):
+    """Another apply of the same name is running."""
 
 
 class OutcomeUnknown(ReconcilerError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, LiteralString
 
 from pydantic import ValidationError
 
@@ -84,16 +84,7 @@ def last(conn: pg.Connection, name: str) -> Last:
     check_shape(conn)
     if not (row["usage"] and row["may_read"]):
         return Last(exists=True, readable=False, role=row["role"])
-    entries = pg.rows(
-        conn,
-        """
-        SELECT name, number, run_id::pg_catalog.text AS run_id, recorded_at::pg_catalog.text AS recorded_at,
-               approval_ids::pg_catalog.text[] AS approval_ids, previous, hash, body
-          FROM reconciler.entry WHERE name = %s ORDER BY number DESC LIMIT 1
-        """,
-        (name,),
-        doing="reading the ledger",
-    )
+    entries = pg.rows(conn, _ENTRY + " WHERE name = %s ORDER BY number DESC LIMIT 1", (name,), "reading the ledger")
     chain = pg.rows(
         conn,
         """
@@ -128,16 +119,21 @@ def last(conn: pg.Connection, name: str) -> Last:
 def of_run(conn: pg.Connection, name: str, run_id: str) -> Entry | None:
     """The entry that this run wrote, None when it wrote none. Raises Refused for one that was changed."""
     rows = pg.rows(
-        conn,
-        """
-        SELECT name, number, run_id::pg_catalog.text AS run_id, recorded_at::pg_catalog.text AS recorded_at,
-               approval_ids::pg_catalog.text[] AS approval_ids, previous, hash, body
-          FROM reconciler.entry WHERE name = %s AND run_id = %s::pg_catalog.uuid
-        """,
-        (name, run_id),
-        doing="looking for the run in the ledger",
+        conn, _ENTRY + " WHERE name = %s AND run_id = %s::pg_catalog.uuid", (name, run_id), "looking for the run"
     )
     return _entry(rows[0]) if rows else None
+
+
+def numbered(conn: pg.Connection, name: str, number: int) -> Entry | None:
+    """The entry with this number, None when there is none. Raises Refused for one that was changed."""
+    rows = pg.rows(conn, _ENTRY + " WHERE name = %s AND number = %s", (name, number), "reading the ledger")
+    return _entry(rows[0]) if rows else None
+
+
+_ENTRY: LiteralString = """
+SELECT name, number, run_id::pg_catalog.text AS run_id, recorded_at::pg_catalog.text AS recorded_at,
+       approval_ids::pg_catalog.text[] AS approval_ids, previous, hash, body
+  FROM reconciler.entry"""
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:

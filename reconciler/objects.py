@@ -12,10 +12,10 @@ from psycopg import sql
 from reconciler import pg
 from reconciler.parts import raw
 from reconciler.rowmaking import Relation, describe
-from reconciler.tampering import NAME, Tampering, new_extension, new_function, of_function, of_table
+from reconciler.tampering import NAME, Tampering, new_extension, of_function, of_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from psycopg.sql import Composed
 
@@ -85,8 +85,6 @@ def named(conn: pg.Connection, texts: Sequence[str]) -> Named:
 # -------------------------------------------------------------------------------------------------------------- making
 
 
-Statements = "tuple[Composed, ...]"
-
 NAME_COLUMNS = {
     "pg_attribute": "attname",
     "pg_authid": "rolname",
@@ -106,87 +104,127 @@ NAME_COLUMNS = {
 }
 """Catalogs whose objects can be made, with the column that holds their name."""
 
-_SIMPLE: dict[str, tuple[LiteralString, ...]] = {
+_MAKINGS: dict[str, tuple[tuple[LiteralString, ...], ...]] = {
+    "pg_attribute": (("ALTER TABLE {table} ADD COLUMN {name} pg_catalog.int4",),),
     "pg_authid": (
-        "CREATE ROLE {name}",
-        "CREATE ROLE {name} SUPERUSER CREATEDB CREATEROLE LOGIN REPLICATION BYPASSRLS",
+        ("CREATE ROLE {name}",),
+        ("CREATE ROLE {name} SUPERUSER CREATEDB CREATEROLE LOGIN REPLICATION BYPASSRLS",),
     ),
-    "pg_foreign_data_wrapper": ("CREATE FOREIGN DATA WRAPPER {name}",),
-    "pg_namespace": ("CREATE SCHEMA {name}",),
-    "pg_publication": ("CREATE PUBLICATION {name} FOR ALL TABLES", "CREATE PUBLICATION {name}"),
-    "pg_subscription": ("CREATE SUBSCRIPTION {name} CONNECTION 'dbname=x' PUBLICATION x WITH (connect = false)",),
-}
-
-_IN_SCHEMA: dict[str, tuple[LiteralString, ...]] = {
     "pg_class": (
-        "CREATE TABLE {place} (id pg_catalog.int4)",
-        "CREATE VIEW {place} AS SELECT 1 AS id",
-        "CREATE SEQUENCE {place}",
+        ("CREATE TABLE {place} (id pg_catalog.int4)",),
+        ("CREATE VIEW {place} AS SELECT 1 AS id",),
+        ("CREATE SEQUENCE {place}",),
     ),
-    "pg_type": ("CREATE TYPE {place} AS ENUM ('x')", "CREATE DOMAIN {place} AS pg_catalog.int4"),
-}
-
-_ON_TABLE: dict[str, tuple[LiteralString, ...]] = {
-    "pg_attribute": ("ALTER TABLE {table} ADD COLUMN {name} pg_catalog.int4",),
-    "pg_constraint": ("ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({column} IS NULL OR {column} IS NOT NULL)",),
-    "pg_policy": ("CREATE POLICY {name} ON {table} USING (true)",),
+    "pg_constraint": (
+        ("ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({column} IS NULL OR {column} IS NOT NULL)",),
+        ("ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({column} IS NULL OR {column} IS NOT NULL) NOT VALID",),
+    ),
+    "pg_event_trigger": (
+        (
+            "CREATE FUNCTION {helper}() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'",
+            "CREATE EVENT TRIGGER {name} ON ddl_command_end EXECUTE FUNCTION {helper}()",
+        ),
+    ),
+    "pg_foreign_data_wrapper": (("CREATE FOREIGN DATA WRAPPER {name}",),),
+    "pg_foreign_server": (("CREATE FOREIGN DATA WRAPPER {new}", "CREATE SERVER {name} FOREIGN DATA WRAPPER {new}"),),
+    "pg_namespace": (("CREATE SCHEMA {name}",),),
+    "pg_policy": (("CREATE POLICY {name} ON {table} USING (true)",),),
+    "pg_proc": (
+        ("CREATE FUNCTION {place}(pg_catalog.line) RETURNS pg_catalog.int4 LANGUAGE sql AS 'SELECT 1'",),
+        ("CREATE PROCEDURE {place}(pg_catalog.line) LANGUAGE sql AS 'SELECT 1'",),
+    ),
+    "pg_publication": (("CREATE PUBLICATION {name} FOR ALL TABLES",), ("CREATE PUBLICATION {name}",)),
+    "pg_subscription": (("CREATE SUBSCRIPTION {name} CONNECTION 'dbname=x' PUBLICATION x WITH (connect = false)",),),
+    "pg_trigger": (
+        (
+            "CREATE FUNCTION {helper}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+            "CREATE TRIGGER {name} AFTER INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION {helper}()",
+        ),
+    ),
+    "pg_type": (("CREATE TYPE {place} AS ENUM ('x')",), ("CREATE DOMAIN {place} AS pg_catalog.int4",)),
 }
 
 
 def makings(catalog: str, names: Sequence[str], objects: Named) -> Iterator[Tampering]:
-    """Objects of a catalog, under each of these names, where the query would look for them."""
-    for name in names:
-        yield from _makings(catalog, name, objects)
-
-
-def _makings(catalog: str, name: str, objects: Named) -> Iterator[Tampering]:  # noqa: PLR0912 - one per catalog
-    own = sql.Identifier(name)
-    for text in _SIMPLE.get(catalog, ()):
-        yield _filled(text, name=own)
-    for schema in objects.schemas:
-        place = sql.Identifier(schema, name)
-        for text in _IN_SCHEMA.get(catalog, ()):
-            yield _filled(text, place=place)
-        if catalog == "pg_proc":
-            yield _shown(new_function(schema, name))
-    for table in objects.tables if catalog in _ON_TABLE else ():
-        for column in table.columns if catalog == "pg_constraint" else table.columns[:1]:
-            for text in _ON_TABLE[catalog]:
-                values = {"table": table.identifier, "name": own, "column": sql.Identifier(column.name)}
-                yield _filled(text, **values)
+    """Objects of a catalog under each of these names, wherever the query might look for them."""
     if catalog == "pg_extension":
-        yield Tampering(f"extension {name} made", new_extension(name))
-    elif catalog == "pg_foreign_server":
-        wrapper = _filled("CREATE FOREIGN DATA WRAPPER {name}", name=sql.Identifier(NAME))
-        yield _after(wrapper, "CREATE SERVER {name} FOREIGN DATA WRAPPER {wrapper}", own)
-    elif catalog == "pg_event_trigger":
-        function = _filled(
-            "CREATE FUNCTION {place}() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'",
-            place=sql.Identifier(objects.schemas[0], NAME) if objects.schemas else sql.Identifier("public", NAME),
-        )
-        yield _after(function, "CREATE EVENT TRIGGER {name} ON ddl_command_end EXECUTE FUNCTION {function}()", own)
-    elif catalog == "pg_trigger":
-        for table in objects.tables:
-            function = _filled(
-                "CREATE FUNCTION {place}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
-                place=sql.Identifier(table.schema, NAME),
-            )
-            yield _after(
-                function,
-                "CREATE TRIGGER {name} AFTER INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION {function}()",
-                own,
-                table,
-            )
+        yield from (Tampering(f"extension {name} made", new_extension(name)) for name in names)
+        return
+    schemas = objects.schemas or ("public",)
+    helper = sql.Identifier(schemas[0], NAME)
+    for name in names:
+        for texts in _MAKINGS[catalog]:
+            whole = "".join(texts)
+            for schema in schemas if "{place}" in whole else schemas[:1]:
+                values = {
+                    "name": sql.Identifier(name),
+                    "new": sql.Identifier(NAME),
+                    "place": sql.Identifier(schema, name),
+                    "helper": helper,
+                }
+                for spot in _spots(objects.tables, whole):
+                    yield _shown(tuple(sql.SQL(text).format(**values, **spot) for text in texts))
 
 
-def _filled(text: LiteralString, **values: sql.Composable) -> Tampering:
-    return _shown((sql.SQL(text).format(**values),))
-
-
-def _after(before: Tampering, text: LiteralString, name: sql.Identifier, table: Relation | None = None) -> Tampering:
-    """A statement that needs what another one made."""
-    ...
+def _spots(tables: Sequence[Relation], text: str) -> Iterator[dict[str, sql.Identifier]]:
+    """What {table} and {column} stand for in turn; once nothing, when the text has neither."""
+    if "{table}" not in text:
+        yield {}
+        return
+    for table in tables:
+        for column in table.columns if "{column}" in text else table.columns[:1]:
+            yield {"table": table.identifier, "column": sql.Identifier(column.name)}
 
 
 def _shown(statements: tuple[Composed, ...]) -> Tampering:
     return Tampering("; ".join(statement.as_string(None) for statement in statements), (statements,))
+
+
+# ------------------------------------------------------------------------------------------------ changing and dropping
+
+
+def changes(conn: pg.Connection, objects: Named) -> Iterator[Tampering]:
+    """Every facet of the tables and functions that are named, and what the named roles may do with them."""
+    yield from _grants(objects)
+    for table in objects.tables:
+        for facet in of_table(conn, table):
+            yield Tampering(f"{table.text}: {facet.words}", facet.ways)
+    for oid, _ in objects.functions:
+        yield from of_function(conn, oid)
+
+
+def _grants(objects: Named) -> Iterator[Tampering]:
+    roles = [sql.SQL("PUBLIC"), *map(sql.Identifier, objects.roles)]
+    targets = [
+        *(sql.SQL("TABLE {}").format(table.identifier) for table in objects.tables),
+        *(sql.SQL("ROUTINE {}").format(raw(identity)) for _, identity in objects.functions),
+        *(sql.SQL("SCHEMA {}").format(sql.Identifier(schema)) for schema in objects.schemas),
+    ]
+    for target in targets:
+        for role in roles:
+            yield _shown((sql.SQL("GRANT ALL ON {} TO {}").format(target, role),))
+            yield _shown((sql.SQL("REVOKE ALL ON {} FROM PUBLIC, {} CASCADE").format(target, role),))
+    for role in roles[1:]:
+        for other in roles[1:]:
+            if role is not other:
+                yield _shown((sql.SQL("GRANT {} TO {}").format(role, other),))
+        yield _shown((sql.SQL("ALTER ROLE {} SUPERUSER").format(role),))
+        yield _shown((sql.SQL("ALTER ROLE {} NOSUPERUSER").format(role),))
+
+
+def drops(conn: pg.Connection, catalog: str, texts: Sequence[str]) -> Iterator[Tampering]:
+    """The objects of a catalog that the constants name, dropped one by one with everything that needs them."""
+    column = NAME_COLUMNS[catalog]
+    if catalog in {"pg_attribute", "pg_authid"}:
+        return  # a column is a facet of its table; a role has things everywhere
+    query = sql.SQL(
+        "SELECT (pg_catalog.pg_identify_object({}::pg_catalog.regclass, x.oid, 0)).* FROM {} AS x"
+        " WHERE x.{} = ANY (%s::pg_catalog.name[]) ORDER BY x.oid LIMIT 4"
+    ).format(sql.Literal(f"pg_catalog.{catalog}"), sql.Identifier("pg_catalog", catalog), sql.Identifier(column))
+    for row in pg.rows(conn, query, (list(texts),), doing="looking up what a query names"):
+        kind, identity = row["type"], row["identity"]
+        if kind == "table constraint":
+            name, _, table = identity.rpartition(" on ")
+            yield _shown((sql.SQL("ALTER TABLE {} DROP CONSTRAINT {} CASCADE").format(raw(table), raw(name)),))
+        else:
+            yield _shown((sql.SQL("DROP {} {} CASCADE").format(raw(kind), raw(identity)),))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from psycopg import sql
 
 from reconciler import pg
-from reconciler.errors import MissingPrivilege, ServerProblem
-from reconciler.model import Address, Declared, GateStore, JsonObject, Model, Policy, Statement
+from reconciler.errors import MissingPrivilege, ServerProblem, Stale
+from reconciler.model import Address, Change, Declared, GateStore, JsonObject, Model, Policy, Statement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -187,6 +187,21 @@ def hold(conn: pg.Connection, name: str, address: str) -> None:
     """Take the lock that writing takes anyway: until COMMIT nobody adds a trigger, a rule or a column."""
     statement = sql.SQL("LOCK TABLE {} IN ROW EXCLUSIVE MODE").format(identifier(name))
     pg.run(conn, statement, doing=f"locking {address}")
+
+
+def hold_row(conn: pg.Connection, name: str, where: sql.Composable, change: Change) -> None:
+    """Lock the one row of a table that the condition finds, so that nobody changes, renames or deletes it until COMMIT.
+
+    FOR UPDATE only to delete it: otherwise its key stays, and what refers to it by a foreign key need not wait. No row:
+    it was deleted or renamed, perhaps put back as another one, while we waited. Raises Stale.
+    """
+    strength = sql.SQL("FOR UPDATE" if change.after is None else "FOR NO KEY UPDATE")
+    query = sql.SQL("SELECT 1 AS locked FROM {} WHERE {} {}").format(identifier(name), where, strength)
+    if len(pg.rows(conn, query, doing=f"locking {change.address}")) != 1:
+        raise Stale(
+            f"The plan is stale: {change.address} is no longer the row that was approved.",
+            hint="Nothing was changed. Plan again, read it, approve it.",
+        )
 
 
 def mentioned(conn: pg.Connection, name: str, retired: Sequence[Declared]) -> list[str]:

@@ -114,6 +114,16 @@ def snapshot(conn: Connection, statement_timeout_ms: int = 60_000) -> Generator[
             run(conn, "ROLLBACK")
 
 
+def roll_back(conn: Connection) -> None:
+    """End the transaction, whatever became of it."""
+    if conn.closed or conn.broken:
+        return
+    try:
+        conn.execute("ROLLBACK")
+    except psycopg.Error:
+        conn.close()  # the server rolls back what a closed connection leaves
+
+
 def settings(conn: Connection, statement_timeout_ms: int) -> None:
     """Set, for this transaction, everything that a digest or a name look-up could depend on."""
     for statement in SESSION:
@@ -160,6 +170,10 @@ def width(conn: Connection, query: Query, doing: str = "", *, quiet: bool = Fals
         raise translated(error, doing, quiet=quiet) from error
 
 
+_CHANGED_MEANWHILE = ("tuple concurrently", "cache lookup failed", "could not open relation with OID")
+"""What the server says, as internal errors, when a catalog row changed or went away while it was at work on it."""
+
+
 def translated(error: psycopg.Error, doing: str = "", *, quiet: bool = False) -> ReconcilerError:
     """The driver's error as ours: one sentence with the SQLSTATE and what was being done.
 
@@ -178,9 +192,10 @@ def translated(error: psycopg.Error, doing: str = "", *, quiet: bool = False) ->
     if state == "42501":
         return MissingPrivilege(message, hint="Grant the role what is missing, or run as a role that has it.")
     if state in {"55P03", "40P01", "40001"}:
-        return Locked(message, hint="Nothing was changed. Run the command again when the other session is done.")
-    if "tuple concurrently" in primary:
-        return Stale(message, hint="Somebody changed this object at the same time. Nothing was changed; plan again.")
+        hint = "Nothing was changed. Run the command again when the other session is done."
+        return Locked(message, hint=hint, details=details)
+    if state == "XX000" and primary.startswith(_CHANGED_MEANWHILE):
+        return Stale(message, hint="Somebody changed this at the same time. Nothing was changed; plan again.")
     if state == "57014":
         return ServerProblem(message, hint="The statement ran into its time-out. Nothing was changed.")
     if state.startswith(("08", "57P")) or (error.sqlstate is None and isinstance(error, psycopg.OperationalError)):

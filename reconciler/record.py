@@ -78,7 +78,9 @@ class Record:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Every stage with its seconds."""
+        """Every stage with its seconds; none when the run ended before its first."""
+        if not self._stages:
+            return ()
         ends = [*(moment for _, moment in self._stages[1:]), self._ended or time.monotonic()]
         return tuple(
             Stage(name=name, seconds=round(end - begin, 6))

@@ -21,7 +21,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.types.json import Jsonb
 
-from reconciler import live, pg, sandbox
+from reconciler import execute, live, pg, sandbox
 from reconciler.checks.proof import CHECK, ProofSpec
 from reconciler.checks.proof import rehearse as with_two_sessions
 from reconciler.diff import changes as differences
@@ -34,7 +34,7 @@ from reconciler.survey import survey
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from reconciler.model import Check, Desired, Json, Plan, Policy, Target, Verdict
+    from reconciler.model import Check, Desired, Json, Plan, Target, Verdict
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,11 @@ def rehearse(dsn: str | None, scratch: str, desired: Desired, plan: Plan) -> tup
         _restore(schema, scratch, copy)
         for table, key in _rows_to_copy(desired):
             _copy_row(conn, copy, table, key)
-        _execute(copy, plan, desired.policy)
+        # Not the setup: the ledger is the target's.
+        pg.run(copy, "BEGIN")
+        pg.settings(copy, milliseconds(desired.policy.apply.statement_timeout))
+        execute.everything(copy, plan.changes, desired.items, desired.policy)
+        pg.run(copy, "COMMIT")
         with pg.snapshot(copy):
             there = live.read(copy, desired, desired.policy.allow_functions)
             left = differences(desired, there, {})
@@ -233,21 +237,3 @@ def _copy_row(conn: pg.Connection, copy: pg.Connection, table: str, key: dict[st
             " SELECT {columns} FROM pg_catalog.jsonb_populate_record(NULL::{table}, %s)"
         ).format(table=identifier(table), columns=columns)
         pg.rows(copy, write + sql.SQL(" RETURNING 1 AS done"), (Jsonb(row["row"]),), f"copying a row of {table}")
-
-
-def _execute(copy: pg.Connection, plan: Plan, policy: Policy) -> None:
-    """The plan's statements, as apply would run them; not the setup, because the ledger is the target's."""
-    path = sql.SQL(", ").join(map(sql.Identifier, policy.apply.search_path))
-    pg.run(copy, "BEGIN")
-    pg.settings(copy, milliseconds(policy.apply.statement_timeout))
-    for change in plan.changes:
-        under = plan.desired["items"].get(change.address, {}).get("rules", {}).get("created_under")
-        chosen = sql.SQL(", ").join(map(sql.Identifier, under)) if under else path
-        for statement in change.statements:
-            pg.run(copy, sql.SQL("SET LOCAL search_path = {}").format(chosen))
-            if statement.role is not None:
-                pg.run(copy, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(statement.role)), change.address)
-            pg.execute(copy, statement.text, doing=f"rehearsing {change.address}")
-            if statement.role is not None:
-                pg.run(copy, "SET LOCAL ROLE NONE")
-    pg.run(copy, "COMMIT")

@@ -16,9 +16,9 @@ from psycopg import sql
 from reconciler import pg
 from reconciler.errors import ReconcilerError, ServerProblem
 from reconciler.parts import raw
-from reconciler.samples import Column, Conditions, conditions, fresh, guesses
+from reconciler.samples import Column, Constants, constants_of, fresh, guesses, joined
 from reconciler.syntax import expression_of, quote_ident
-from reconciler.trial import diagnosis, kept, undone
+from reconciler.trial import Attempt, diagnosis, kept, undone
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -34,7 +34,7 @@ MOST_COMBINATIONS = 50_000
 SEARCH_TIMEOUT_MS = 5_000
 
 
-class Check(NamedTuple):
+class Condition(NamedTuple):
     """A condition on the rows of a relation, as an expression over its columns."""
 
     text: str
@@ -50,11 +50,11 @@ class Relation:
     name: str
     kind: str
     columns: tuple[Column, ...]
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Condition, ...] = ()
     """CHECK constraints, and for a partitioned table that a row belongs to one of its partitions."""
     unique: frozenset[str] = frozenset()
     """Columns of unique indexes."""
-    constants: Conditions = field(default=Conditions({}, ()))
+    constants: Constants = field(default=Constants({}, ()))
     """Those of the checks."""
 
     @property
@@ -94,11 +94,10 @@ def describe(conn: pg.Connection, schema: str, name: str) -> Relation | None:
     trees = [expression_of(text)[0] for text in texts if text]
     checks = tuple(
         # A CHECK that comes to NULL is fulfilled.
-        Check(f"({text}) IS NOT FALSE", frozenset(names_in(tree)))
+        Condition(f"({text}) IS NOT FALSE", frozenset(names_in(tree)))
         for text, tree in zip(texts, trees, strict=True)
         if tree is not None
     )
-    parts = [conditions(tree) for tree in trees if tree is not None]
     unique = pg.rows(conn, _UNIQUE, (oid,), doing=f"reading the keys of {name}")
     return Relation(
         oid=oid,
@@ -108,21 +107,13 @@ def describe(conn: pg.Connection, schema: str, name: str) -> Relation | None:
         columns=columns,
         checks=checks,
         unique=frozenset(row["name"] for row in unique),
-        constants=_joined(parts),
+        constants=joined(constants_of(tree) for tree in trees if tree is not None),
     )
 
 
 def names_in(tree: Message) -> set[str]:
     """The names of the columns in a tree."""
     return {node.fields[-1].string.sval for _, node in walk(tree) if isinstance(node, pb.ColumnRef)}
-
-
-def _joined(parts: Sequence[Conditions]) -> Conditions:
-    columns: dict[str, tuple[str, ...]] = {}
-    for part in parts:
-        for name, texts in part.columns.items():
-            columns[name] = tuple(dict.fromkeys((*columns.get(name, ()), *texts)))
-    return Conditions(columns, tuple(dict.fromkeys(text for part in parts for text in part.every)))
 
 
 _RELATION = """
@@ -173,13 +164,13 @@ SELECT DISTINCT a.attname::pg_catalog.text AS name
 class Wanted(NamedTuple):
     """What the rows are for."""
 
-    constants: Conditions = Conditions({}, ())
+    constants: Constants = Constants({}, ())
     varied: frozenset[str] = frozenset()
     """Columns that take every value that might matter."""
     fixed: Mapping[str, str | None] = {}
     """Columns whose value is given."""
-    filters: tuple[Check, ...] = ()
-    """Conditions that the rows fulfil if any can."""
+    filters: tuple[Condition, ...] = ()
+    """Constants that the rows fulfil if any can."""
     alias: str = ""
     """The name by which the filters call the relation."""
 
@@ -319,7 +310,7 @@ def _source(
 
 
 def _passing(
-    conn: pg.Connection, source: _Source, columns: Sequence[str], filters: Sequence[Check], limit: int
+    conn: pg.Connection, source: _Source, columns: Sequence[str], filters: Sequence[Condition], limit: int
 ) -> list[Row]:
     """The combinations that pass, computed by the server, so that conditions mean what they mean in the query.
 
@@ -472,6 +463,31 @@ SELECT n.nspname::pg_catalog.text AS schema, c.relname::pg_catalog.text AS name,
 
 
 # ----------------------------------------------------------------------------------------------- what stands in the way
+
+
+def force(conn: pg.Connection, relation: Relation, statement: Composed, doing: str, lifted: list[str] | None) -> None:
+    """Execute a statement; lifted: as in `put`. Raises ReconcilerError when the server does not let it happen."""
+    for _ in range(_OBSTACLES):
+        try:
+            with kept(conn):
+                pg.run(conn, statement, doing)
+        except ReconcilerError as error:
+            diag = diagnosis(error)
+            what = lift(conn, relation, diag) if diag is not None and lifted is not None else None
+            if what is None or lifted is None:
+                raise
+            lifted.append(what)
+        else:
+            return
+    raise ServerProblem(f"too much stands in the way of a change of {relation.text}")
+
+
+def without(attempt: Attempt, lifted: Sequence[str] | None) -> Attempt:
+    """The attempt, saying what had to be taken away for it."""
+    if not lifted:
+        return attempt
+    gone = ", ".join(dict.fromkeys(what for what in lifted if what))
+    return attempt.model_copy(update={"tried": f"{attempt.tried}, once {gone} is out of the way"}) if gone else attempt
 
 
 def lift(conn: pg.Connection, relation: Relation, diag: psycopg.errors.Diagnostic) -> str | None:

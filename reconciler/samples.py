@@ -38,10 +38,10 @@ class Column(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------------------- conditions
+# ----------------------------------------------------------------------------------------------------------- constants
 
 
-class Conditions(NamedTuple):
+class Constants(NamedTuple):
     """What a condition says: texts to try in each column that it compares, and all texts in their order."""
 
     columns: dict[str, tuple[str, ...]]
@@ -53,7 +53,7 @@ _LIKE_NAMES = {"~~", "!~~", "~~*", "!~~*", "like", "notlike"}
 _REGEX_NAMES = {"~", "~*", "!~", "!~*", "similar_escape", "similar_to_escape"}
 
 
-def conditions(tree: Message) -> Conditions:
+def constants_of(tree: Message) -> Constants:
     """The constants of a tree by the columns that stand in the same comparison or call; patterns become texts."""
     holders = [node for _, node in walk(tree) if isinstance(node, pb.A_Expr | pb.FuncCall | pb.SubLink)]
     samples: dict[int, Callable[[str], list[str]]] = {}
@@ -71,7 +71,18 @@ def conditions(tree: Message) -> Conditions:
         found = dict.fromkeys(texts(holder))
         for name in _column_names(holder):
             columns.setdefault(name, {}).update(found)
-    return Conditions({name: tuple(found) for name, found in columns.items()}, tuple(dict.fromkeys(texts(tree))))
+    return Constants({name: tuple(found) for name, found in columns.items()}, tuple(dict.fromkeys(texts(tree))))
+
+
+def joined(parts: Iterable[Constants]) -> Constants:
+    """The constants of several trees."""
+    columns: dict[str, dict[str, None]] = {}
+    every: dict[str, None] = {}
+    for part in parts:
+        every |= dict.fromkeys(part.every)
+        for name, texts in part.columns.items():
+            columns.setdefault(name, {}).update(dict.fromkeys(texts))
+    return Constants({name: tuple(texts) for name, texts in columns.items()}, tuple(every))
 
 
 def mentioned(tree: Message, *, shown: bool) -> set[str]:

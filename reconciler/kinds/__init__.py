@@ -27,7 +27,7 @@ from reconciler.model import (
 from reconciler.parts import Complaint, Context, discover
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from reconciler import pg
     from reconciler.errors import Problem
@@ -113,8 +113,18 @@ class Kind(ABC, Generic[D, S, R]):
         """What about this change a person must accept by name. Pure."""
 
     @abstractmethod
-    def lock(self, conn: pg.Connection, change: Change, before: S | None, rules: R) -> None:
-        """Take the locks that keep others from the object until COMMIT, writing nothing. Raises Stale, Locked."""
+    def lock(self, conn: pg.Connection, change: Change, before: S | None, rules: R, ready: Callable[[], None]) -> None:
+        """Take the locks that keep others from the object until COMMIT, writing nothing. Raises Stale, Locked.
+
+        ready: called before each statement that may wait; it sets how long that one may.
+        """
+
+    def backwards(self, before: S, rules: R, after: Json) -> R:
+        """The rules under which an object may go back to `before` from `after`. Pure.
+
+        Raises ValueError with a sentence when it never may.
+        """
+        return rules
 
     def settled(self, after: S, live: S | None) -> bool:
         """Is what is there after the statements what was approved?"""

@@ -30,7 +30,7 @@ from reconciler.sql import Arg, Routine, check_body, identity, parse_identity, p
 from reconciler.yamltext import read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 # proconfig of these holds a list of quoted identifiers, not one string (GUC_LIST_QUOTE; pg_dump has the same list).
 LIST_SETTINGS = frozenset({
@@ -276,44 +276,111 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             found.add("replaces_function")
         return found
 
-    def lock(self, conn: pg.Connection, change: Change, before: FunctionSpec | None, rules: FunctionRules) -> None:
+    def backwards(self, before: FunctionSpec, rules: FunctionRules, after: Json) -> FunctionRules:
+        """Every attribute and grant comes back; what PostgreSQL stores parsed cannot be written again."""
+        if before.sql_body:
+            raise ValueError("its earlier body was BEGIN ATOMIC, which the catalog keeps only parsed")
+        return rules
+
+    def lock(
+        self,
+        conn: pg.Connection,
+        change: Change,
+        before: FunctionSpec | None,
+        rules: FunctionRules,
+        ready: Callable[[], None],
+    ) -> None:
         """Two ALTERs that write back nothing that was read before (DESIGN 7.4).
 
         NO DEPENDS ON EXTENSION takes the object lock (COMMENT and DROP wait); RESET of a setting nobody can set takes
         the catalog tuple (REPLACE, ALTER, GRANT and RENAME wait and fail). ssl_renegotiation_limit exists on every
-        supported major and has had no effect since 9.5.
+        supported major and has had no effect since 9.5. What is created has nothing to lock but its schema.
         """
+        doing = f"locking {change.address}"
+        after = None if change.after is None else self.load(change.after)
+        if after is not None and (before is None or _needs_replacement(before, after)):
+            _hold_schema(conn, after, doing, ready)
         if before is None:
             return
-        extension = pg.rows(
-            conn,
-            """
-            SELECT e.extname::pg_catalog.text AS name FROM pg_catalog.pg_extension e
-             WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
-                                 JOIN pg_catalog.pg_proc p ON p.oid = d.objid
-                                 JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
-                                WHERE d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass
-                                  AND d.refobjid = e.oid AND d.deptype = 'x'
-                                  AND n.nspname = %s AND p.proname = %s)
-             ORDER BY e.extname = 'plpgsql' DESC, e.extname LIMIT 1
-            """,
-            (before.schema_name, before.name),
-            doing=f"locking {change.address}",
-        )
-        if not extension:
-            raise Stale(
-                f"{change.address} cannot be locked: no installed extension is free to name in the lock statement."
-            )
+        extension = _free_extension(conn, before, doing)
         name = raw(before.identity)
-        doing = f"locking {change.address}"
         # As its owner only if need be: an owner by hand may not even see the schema.
         inherits = "SELECT pg_catalog.pg_has_role(%s::pg_catalog.name, 'USAGE') AS may"
-        if not pg.rows(conn, inherits, (before.owner,), doing)[0]["may"]:
+        may = pg.rows(conn, inherits, (before.owner,), doing)[0]["may"]
+        removed = _removed_dependencies(conn)
+        ready()
+        if not may:
             pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(before.owner)), doing)
         no_depends = sql.SQL("ALTER ROUTINE {} NO DEPENDS ON EXTENSION {}")
-        pg.run(conn, no_depends.format(name, sql.Identifier(extension[0]["name"])), doing)
+        pg.run(conn, no_depends.format(name, sql.Identifier(extension)), doing)
+        pg.run(conn, "SET LOCAL ROLE NONE", doing)
+        if _removed_dependencies(conn) != removed:
+            raise Stale(
+                f"Somebody made {change.address} depend on extension {extension} at the same time.",
+                hint="Nothing was changed. Apply again.",
+            )
+        ready()
+        if not may:
+            pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(before.owner)), doing)
         pg.run(conn, sql.SQL("ALTER ROUTINE {} RESET ssl_renegotiation_limit").format(name), doing)
         pg.run(conn, "SET LOCAL ROLE NONE", doing)
+
+
+def _free_extension(conn: pg.Connection, spec: FunctionSpec, doing: str) -> str:
+    """An installed extension that the routine does not depend on by ALTER ROUTINE ... DEPENDS. Raises Stale."""
+    found = pg.rows(
+        conn,
+        """
+        SELECT e.extname::pg_catalog.text AS name FROM pg_catalog.pg_extension e
+         WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                             JOIN pg_catalog.pg_proc p ON p.oid = d.objid
+                             JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+                            WHERE d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+                              AND d.refobjid = e.oid AND d.deptype = 'x'
+                              AND n.nspname = %s AND p.proname = %s)
+         ORDER BY e.extname = 'plpgsql' DESC, e.extname LIMIT 1
+        """,
+        (spec.schema_name, spec.name),
+        doing=doing,
+    )
+    if not found:
+        raise Stale(f"{doing}: no installed extension is free to name in the lock statement.")
+    return found[0]["name"]
+
+
+def _removed_dependencies(conn: pg.Connection) -> int:
+    """Rows of pg_depend that we have deleted, some in an earlier transaction: only the difference means anything."""
+    query = """
+        SELECT pg_catalog.sum(n_tup_del)::pg_catalog.int8 AS number FROM pg_catalog.pg_stat_xact_sys_tables
+         WHERE relid = 'pg_catalog.pg_depend'::pg_catalog.regclass
+    """
+    return pg.rows(conn, query)[0]["number"]
+
+
+def _hold_schema(conn: pg.Connection, spec: FunctionSpec, doing: str, ready: Callable[[], None]) -> None:
+    """Keep the schema from being dropped: CREATE FUNCTION does not, and would leave it in no schema (measured).
+
+    CREATE TABLE locks the schema before it looks whether the table is there; with IF NOT EXISTS that is all it does.
+    """
+    query = """
+        SELECT c.oid, c.relname::pg_catalog.text AS name,
+               EXISTS (SELECT FROM pg_catalog.pg_locks l
+                        WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'object' AND l.objid = n.oid
+                          AND l.classid = 'pg_catalog.pg_namespace'::pg_catalog.regclass) AS held
+          FROM pg_catalog.pg_namespace n JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid
+         WHERE n.nspname = %s ORDER BY c.oid LIMIT 1
+    """
+    there = pg.rows(conn, query, (spec.schema_name,), doing)
+    if not there or there[0]["held"]:
+        return  # a schema without any relation cannot be held
+    ready()
+    pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(spec.owner)), doing)
+    table = sql.Identifier(spec.schema_name, there[0]["name"])
+    pg.run(conn, sql.SQL("CREATE TABLE IF NOT EXISTS {} ()").format(table), doing)
+    pg.run(conn, "SET LOCAL ROLE NONE", doing)
+    now = pg.rows(conn, query, (spec.schema_name,), doing)
+    if [row["oid"] for row in now] != [there[0]["oid"]]:
+        raise Stale(f"{doing}: somebody dropped {spec.schema_name}.{there[0]['name']} at the same time.")
 
 
 def _rules(declaration: FunctionDeclaration, routine: Routine, context: Context) -> list[Complaint | Problem]:

@@ -8,7 +8,7 @@ from psycopg import sql
 from pydantic import Field
 
 from reconciler import pg
-from reconciler.errors import Problem, ServerProblem, Stale
+from reconciler.errors import Problem, ServerProblem
 from reconciler.kinds import Blocked, Kind, Reading, Retirement, Wanted
 from reconciler.model import (
     Absent,
@@ -24,10 +24,10 @@ from reconciler.model import (
     Statement,
     glob_regex,
 )
-from reconciler.parts import Complaint, Context, complete, hold, identifier, mentioned, raw, table
+from reconciler.parts import Complaint, Context, complete, hold, hold_row, identifier, mentioned, raw, table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 MOST_FINDINGS = 100
@@ -236,19 +236,35 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
             found.add("arms_gate")
         return found
 
-    def lock(self, conn: pg.Connection, change: Change, before: GateSpec | None, rules: GateRules) -> None:
+    def backwards(self, before: GateSpec, rules: GateRules, after: Json) -> GateRules:
+        """Compare-and-set holds this way round too; `order` is a promise that a gate never moves back."""
+        order = rules.order
+        if after is not None and before.value in order and after["value"] in order:
+            raise ValueError(f"`order` says that it never moves back from {after['value']!r} to {before.value!r}")
+        if before.value is None:
+            raise ValueError("it was NULL, which no gate can be set to")
+        allowed = () if after is None else (after["value"],)
+        return rules.model_copy(update={"from_": allowed})
+
+    def lock(
+        self,
+        conn: pg.Connection,
+        change: Change,
+        before: GateSpec | None,
+        rules: GateRules,
+        ready: Callable[[], None],
+    ) -> None:
         """Keep triggers from being added, then lock the row as it will be read.
 
-        A row that is there but was not locked was replaced meanwhile: stale.
+        Its value is all that changes, so a foreign key may go on pointing to it; whoever would change the value,
+        rename the key or delete the row waits all the same.
         """
+        ready()
         hold(conn, rules.store.table, change.address)
-        if before is None:
-            return
-        query = sql.SQL("SELECT 1 AS locked FROM {} WHERE {} = {} FOR UPDATE").format(
-            identifier(before.table), sql.Identifier(rules.store.key), sql.Literal(before.key)
-        )
-        if len(pg.rows(conn, query, doing=f"locking {change.address}")) != 1:
-            raise Stale(f"The plan is stale: {change.address} is no longer the row that was approved.")
+        if before is not None:
+            key = sql.SQL("{} = {}").format(sql.Identifier(rules.store.key), sql.Literal(before.key))
+            ready()
+            hold_row(conn, before.table, key, change)
 
 
 def _store(name: str | None, context: Context) -> tuple[GateStore | None, Complaint]:

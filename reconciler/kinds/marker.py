@@ -9,7 +9,7 @@ from pydantic import Field
 
 from reconciler import pg
 from reconciler.allowlist import check_expression, check_query
-from reconciler.errors import MissingPrivilege, Stale
+from reconciler.errors import MissingPrivilege
 from reconciler.kinds import Blocked, Kind, Reading, Retirement, Wanted
 from reconciler.model import (
     Absent,
@@ -31,6 +31,7 @@ from reconciler.parts import (
     Context,
     complete,
     hold,
+    hold_row,
     identifier,
     own_relation,
     raw,
@@ -41,7 +42,7 @@ from reconciler.parts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from reconciler.errors import Problem
 
@@ -275,14 +276,20 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         """None: a marker arms nothing."""
         return set()
 
-    def lock(self, conn: pg.Connection, change: Change, before: MarkerSpec | None, rules: MarkerRules) -> None:
+    def lock(
+        self,
+        conn: pg.Connection,
+        change: Change,
+        before: MarkerSpec | None,
+        rules: MarkerRules,
+        ready: Callable[[], None],
+    ) -> None:
         """Keep triggers from being added to the table. No row: a rival's insert of the same key makes ours fail."""
+        ready()
         if before is not None:
             hold(conn, before.table, change.address)
-            query = sql.SQL("SELECT 1 AS locked FROM {} WHERE {} FOR UPDATE")
-            query = query.format(identifier(before.table), _where(before.key))
-            if len(pg.rows(conn, query, doing=f"locking {change.address}")) != 1:
-                raise Stale(f"The plan is stale: {change.address} is no longer the row that was approved.")
+            ready()
+            hold_row(conn, before.table, _where(before.key), change)
         elif rules.via is None and change.after is not None:
             hold(conn, change.after["table"], change.address)
 

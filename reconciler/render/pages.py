@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from reconciler.model import BY_OTHERS
 from reconciler.render import text
 
 if TYPE_CHECKING:
@@ -410,6 +411,9 @@ def _regression(found: Evidence) -> Section:
     blocks: list[Block] = [table]
     if wrong := [row for row in rows if row.status in BAD]:
         blocks.append(_verdicts("Rows that are not as predicted", wrong))
+    if theirs := [row for row in rows if row.status == "predicted" and row.detail.endswith(BY_OTHERS)]:
+        told = tuple(((_short_name(row.address),), (row.detail,)) for row in theirs)
+        blocks.append(Table("Rows that others wrote to meanwhile, none of it by the apply", ("Surface", "What"), told))
     fine = sum(row.status == "predicted" for row in rows)
     return Section(f"Regression: {fine} of {len(rows)} as predicted", tuple(blocks))
 

@@ -1,4 +1,4 @@
-"""The answer to COMMIT is lost, wherever the line can break: the run finds out by itself, or says how to find out later.
+"""The answer to COMMIT is lost, wherever the line can break: the run finds out by itself, or says how to, later.
 
 What must never happen: that it says one thing and the database another.
 """
@@ -17,7 +17,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
@@ -51,12 +51,14 @@ def system(db: Database, tmp_path: Path) -> Governed:
 
 
 @pytest.fixture
-def crashing(own_server: Callable[..., Server], tmp_path: Path) -> Governed:
+def crashing(own_server: Callable[..., Server], tmp_path: Path) -> Iterator[Governed]:
     """The same on a server of its own, which may be broken."""
     server = own_server(wal_level="replica", max_wal_senders="2")
     with psycopg.connect(server.dsn(), autocommit=True) as conn:
         conn.execute("CREATE DATABASE shop")
-    return governed.shop(Database(server, "shop"), tmp_path)
+    db = Database(server, "shop")
+    yield governed.shop(db, tmp_path)
+    db.conn.close()
 
 
 @dataclass
@@ -250,9 +252,7 @@ def test_what_an_apply_in_doubt_says(system: Governed, fate: str, monkeypatch: p
 @pytest.mark.smoke
 @pytest.mark.parametrize("crashed", [False, True], ids=["", "after a crash"])
 @pytest.mark.parametrize("fate", IN_DOUBT)
-def test_settle_finds_out(
-    crashing: Governed, fate: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, *, crashed: bool
-) -> None:
+def test_settle_finds_out(crashing: Governed, fate: str, monkeypatch: pytest.MonkeyPatch, *, crashed: bool) -> None:
     system, place = crashing, crashing.root / "run"
     plan, _ = saved(system)
     before = image(system.db)
@@ -388,15 +388,17 @@ def test_settle_of_somebody_elses_plan(system: Governed, monkeypatch: pytest.Mon
 # ---------------------------------------------------------------------------------------- whom to believe, and whom not
 
 
-def case(
-    system: Governed, plan: Plan, transaction_id: str, run_id: str = "0" * 8 + "-0000-4000-8000-" + "0" * 12
-) -> Any:
+NO_RUN = "00000000-0000-4000-8000-000000000000"
+
+
+def case(system: Governed, plan: Plan, transaction_id: str, run_id: str = NO_RUN) -> settling.Case:
     return settling.Case(system.db.dsn, plan, check_plan(plan), run_id, transaction_id, "reconciler settle X", False)
 
 
 def test_a_transaction_id_that_was_handed_out_again_proves_nothing(crashing: Governed) -> None:
     """A crash loses what was not yet on disk, the use of a transaction id too, and then somebody else gets it."""
     plan, _ = saved(crashing)
+    crashing.sql("CHECKPOINT")  # what was there before stays
     ((writer,),) = crashing.db.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'")
     os.kill(writer, signal.SIGSTOP)
     ids: list[str] = []
@@ -412,7 +414,7 @@ def test_a_transaction_id_that_was_handed_out_again_proves_nothing(crashing: Gov
                 pass
             line.cut()
 
-    with Proxy(server, watch) as proxy:
+    with Proxy(crashing.db.server, watch) as proxy:
         done = apply_by(proxy, crashing)
     assert crashing.db.execute("SELECT pg_xact_status(%s::text::xid8)", ids) == [("committed",)]
     assert done.returncode == 1
@@ -445,9 +447,7 @@ def test_a_transaction_id_that_nobody_knows(system: Governed, number: str) -> No
     assert entry.number == 1
 
 
-def test_a_standby_cannot_say_that_something_never_happened(
-    crashing: Governed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_standby_cannot_say_that_it_never_happened(crashing: Governed, monkeypatch: pytest.MonkeyPatch) -> None:
     system, place = crashing, crashing.root / "run"
     plan, _ = saved(system)
     lost(system, IN_DOUBT["rolled back"], monkeypatch)
@@ -478,8 +478,8 @@ def test_a_ledger_that_cannot_be_read_or_believed(system: Governed) -> None:
     system.sql("ALTER TABLE reconciler.entry DISABLE TRIGGER ALL")
     with pytest.raises(Refused):
         settling.settled(one, 0)
+    elsewhere = plan.model_copy(update={"target": plan.target.model_copy(update={"system_identifier": "1"})})
     with pytest.raises(Stale):
-        elsewhere = plan.model_copy(update={"target": plan.target.model_copy(update={"system_identifier": "1"})})
         settling.settled(replace(one, plan=elsewhere), 0)
 
 
@@ -504,6 +504,7 @@ def test_what_commit_answered_survives_a_crash(own_server: Callable[..., Server]
         done = apply_by(proxy, system)
     assert done.returncode == 0, done.stderr
     system.in_sync()
+    system.db.conn.close()
 
 
 # ------------------------------------------------------------------------------------------------------- interruptions

@@ -300,6 +300,52 @@ def test_a_surface_that_differs_can_be_read_afterwards(phase2: Phase2) -> None:
     assert "! surface.tables: differs:" in shown
 
 
+def test_a_proof_that_fails_is_told_as_one(phase2: Phase2) -> None:
+    """A body that somebody changed: the files say so, the proofs do not agree."""
+    body = phase2.state / "functions/fn_job_reap_stale_leases_apply.sql"
+    told = body.read_text()
+    assert told.count("IF v_attempts < v_job.max_attempts") == 1
+    body.write_text(told.replace("IF v_attempts < v_job.max_attempts", "IF v_attempts <= v_job.max_attempts"))
+    found, report, place = rolled_back(phase2, 3)
+    assert (found["outcome"], found["entry"], found["hash"]) == ("proof_failed", None, None)
+    failed = {row["address"]: row["detail"] for row in found["proofs"] if row["status"] == "failed"}
+    what = "step 1: then 1: dead_letter_count: found 0, expected 2"
+    assert failed == {"proof.P05-reap-dead-letters": what}
+    # Everything else was judged too, and stood.
+    assert {row["status"] for row in found["invariants"]} == {"held", "attested"}
+    assert {row["status"] for row in found["surface"]} == {"predicted"}
+    assert found["failure"]["message"] == "1 proof not passed; nothing can be applied."
+    assert found["failure"]["details"] == [f"proof.P05-reap-dead-letters: failed: {what}"]
+    assert f"| `proof.P05-reap-dead-letters` | **failed** | {what} |" in report
+    assert " Proofs: 14 passed, 0 rehearsed, 1 failed, 1 not run. " in phase2.run("show", place).stdout
+
+    again = phase2.apply("--evidence", phase2.folder / "again", "--format", "json", code=3)
+    document = json.loads(again.stdout)
+    assert document["outcome"] == "proof_failed"
+    assert document["errors"][1:] == [f"proof.P05-reap-dead-letters: failed: {what}"]
+    assert f"proof.P05-reap-dead-letters: failed: {what}" in again.stderr
+
+    body.write_text(told)
+    phase2.approve()
+    phase2.apply("--evidence", phase2.folder / "third")
+    assert "No changes." in phase2.plan()
+
+
+def test_an_invariant_beside_a_failed_proof_is_the_word(phase2: Phase2) -> None:
+    """What is true of the database weighs more than what a function would do; both are told."""
+    body = phase2.state / "functions/fn_job_reap_stale_leases_apply.sql"
+    body.write_text(body.read_text().replace("IF v_attempts < v_job", "IF v_attempts <= v_job"))
+    phase2.db.execute("""
+        CREATE FUNCTION public.behind_our_back() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN EXECUTE 'CREATE TABLE public.smuggled ()'; RETURN NULL; END $$;
+        CREATE TRIGGER behind_our_back AFTER UPDATE ON public.dot_config
+          FOR EACH STATEMENT WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION public.behind_our_back()
+    """)
+    found, _, _ = rolled_back(phase2, 3)
+    assert found["outcome"] == "violated"
+    assert {detail.partition(".")[0] for detail in found["failure"]["details"]} == {"surface", "proof"}
+
+
 def test_a_statement_that_fails_is_told(phase2: Phase2) -> None:
     phase2.db.execute("""
         CREATE FUNCTION public.no_row() RETURNS trigger LANGUAGE plpgsql AS

@@ -16,7 +16,7 @@ import pytest
 from reconciler import apply as applying
 from reconciler import approve as approving
 from reconciler import desired, pg, prove, rehearsal, scaffold
-from reconciler.errors import Locked, ServerProblem, UsageError, Violated
+from reconciler.errors import Locked, ProofFailed, ServerProblem, UsageError
 from reconciler.model import digest
 from reconciler.survey import survey
 from tests.integration import governed, phase2
@@ -633,7 +633,7 @@ def test_a_mutated_body_rolls_the_apply_back(before: Phase2, mutant: str) -> Non
     file, old, new, killer = MUTANTS[mutant]
     before.edit(file, old, new)
     before_image = image(before.db)
-    with pytest.raises(Violated) as refused:
+    with pytest.raises(ProofFailed) as refused:
         before.apply()
     failed = [detail for detail in refused.value.details if ": failed: " in detail]
     assert any(detail.startswith(killer) for detail in failed), refused.value.details

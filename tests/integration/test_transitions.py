@@ -317,10 +317,12 @@ class Meanwhile:
         self.times = 0
 
     def __call__(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
+        del detail, number, of
         if stage not in self._left:
             return
         self._left.remove(stage)
         with psycopg.connect(self._system.db.dsn, autocommit=True) as conn:
+            conn.execute("SET lock_timeout = '5s'")
             for statement in self._statements:
                 conn.execute(statement.encode())
                 self.times += 1
@@ -368,9 +370,9 @@ def crowded(counted: Governed) -> Governed:
 @pytest.mark.parametrize("row", OTHERS)
 def test_what_others_commit_during_the_apply_is_theirs(crowded: Governed, row: str) -> None:
     statement, said = OTHERS[row]
-    # An entry of the ledger is a table too: the catalogs of the first apply are written by us.
-    crowded.settle() if row == "tables" else None
     if row == "tables":
+        # The first apply makes the ledger, so that it writes to the catalogs itself: this is the second.
+        crowded.settle()
         crowded.state["gates"]["shop.limit"]["value"] = "20"
         crowded.write()
     meanwhile = Meanwhile(crowded, statement)
@@ -470,9 +472,13 @@ def test_a_partition_that_was_attached_meanwhile_hides_nothing(crowded: Governed
         "IF NEW.name = 'shop.open' AND to_regclass('app.log_later') IS NOT NULL THEN"
         " INSERT INTO app.log VALUES ('2150-01-01', 'x'); END IF;",
     )
-    partition = "CREATE TABLE app.log_later PARTITION OF app.log FOR VALUES FROM ('2100-01-01') TO ('2200-01-01')"
+    # Attaching waits for nobody who reads, unlike CREATE TABLE ... PARTITION OF.
+    attach = (
+        "CREATE TABLE app.log_later (LIKE app.log)",
+        "ALTER TABLE app.log ATTACH PARTITION app.log_later FOR VALUES FROM ('2100-01-01') TO ('2200-01-01')",
+    )
     with pytest.raises(Violated) as caught:
-        applying.apply(crowded.request(crowded.plan()), Meanwhile(crowded, partition, stages=("execute",)))
+        applying.apply(crowded.request(crowded.plan()), Meanwhile(crowded, *attach, stages=("execute",)))
     assert sorted(caught.value.details) == [
         "invariant.log-untouched: violated: app.log_later: 1 row written",
         "surface.log: differs: 0 -> 1, predicted unchanged, and of our own it is +1",
@@ -555,12 +561,7 @@ TAMPERED = [
     ("table", "GRANT SELECT (kind) ON app.observed TO {stranger}"),
     ("table", "GRANT SELECT ON app.observed TO {caller} WITH GRANT OPTION"),
     ("table", "REVOKE SELECT ON app.observed FROM {caller}"),
-    (
-        "table",
-        "GRANT SELECT ON app.observed TO {owner} WITH GRANT OPTION; SET ROLE {owner};"
-        " GRANT SELECT ON app.observed TO {stranger}; RESET ROLE; REVOKE ALL ON app.observed FROM {owner} CASCADE;"
-        " GRANT SELECT ON app.observed TO {owner}",
-    ),
+    ("table", "GRANT SELECT ON app.observed TO {owner}"),
     ("table", "ALTER TABLE app.observed ENABLE ROW LEVEL SECURITY"),
     ("table", "CREATE POLICY mine ON app.observed USING (kind = 'a')"),
     ("table", "CREATE RULE silent AS ON DELETE TO app.observed DO INSTEAD NOTHING"),
@@ -669,7 +670,9 @@ def test_the_name_of_a_reader_may_be_anything(pinned: Governed, name: str) -> No
     with psycopg.connect(pinned.db.dsn) as conn:
         # Not committed: roles are the server's. A role of our own transaction is enough to read its grant back.
         conn.execute(f"CREATE ROLE {quoted}".encode())
-        conn.execute(f"GRANT SELECT ON app.observed TO {quoted}; GRANT SELECT (kind) ON app.observed TO {quoted}".encode())
+        conn.execute(
+            f"GRANT SELECT ON app.observed TO {quoted}; GRANT SELECT (kind) ON app.observed TO {quoted}".encode()
+        )
         lines = conn.execute(
             "SELECT quote_ident(pg_get_userbyid((aclexplode(relacl)).grantee)) FROM pg_class"
             " WHERE oid = 'app.observed'::regclass"

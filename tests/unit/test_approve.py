@@ -11,7 +11,7 @@ import pytest
 
 from reconciler import approve as approvals
 from reconciler import plan as plans
-from reconciler.errors import NotApproved, PlanDamaged, UsageError, Violated
+from reconciler.errors import NotApproved, PlanDamaged, ProofFailed, UsageError, Violated
 from reconciler.model import Approval, Json, Plan
 from tests import states
 
@@ -107,6 +107,18 @@ def test_several_that_block_are_all_named() -> None:
         approvals.refuse(found)
     assert len(refused.value.details) == 2
     approvals.refuse(())
+
+
+@pytest.mark.parametrize("status", ["failed", "not_judged"])
+def test_proofs_alone_have_a_word_of_their_own(status: str) -> None:
+    proof = states.verdict(status).model_copy(update={"address": "proof.P1"})
+    with pytest.raises(ProofFailed, match="2 proofs not passed") as failed:
+        approvals.refuse((proof, proof))
+    assert (failed.value.outcome, failed.value.exit_code) == ("proof_failed", 3)
+    for beside in ("invariant.x", "surface.x"):
+        with pytest.raises(Violated, match="2 checks not passed") as violated:
+            approvals.refuse((proof, proof.model_copy(update={"address": beside, "status": "violated"})))
+        assert (violated.value.outcome, violated.value.exit_code) == ("violated", 3)
 
 
 def test_a_policy_that_asks_for_signatures_is_not_served_without() -> None:

@@ -214,6 +214,24 @@ def test_an_applied_run() -> None:
     assert "write `ledger: " in report
 
 
+def test_what_others_moved_is_told_beside_the_numbers() -> None:
+    others = Verdict(
+        address="surface.jobs",
+        status="predicted",
+        detail="1 -> 3 (+2), +2 by others",
+        before="1",
+        after="3",
+        predicted="0",
+    )
+    report = markdown.evidence(kept(surface=(*kept().surface, others)))
+    assert "| `jobs` | 1 | 3 | +2 | 0 | as predicted |" in report
+    assert (
+        "none of it by the apply*\n\n| Surface | What |\n| --- | --- |\n| `jobs` | 1 -&#62; 3 (+2), +2 by others |\n"
+        in report
+    )
+    assert "by the apply" not in markdown.evidence(kept())
+
+
 def test_a_problem_after_commit_stands_at_the_top() -> None:
     page = pages.evidence(kept(problems=("the disk is full",)))
     assert (page.word, page.mood) == ("applied", "open")

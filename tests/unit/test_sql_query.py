@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reconciler import allowlist
-from reconciler.allowlist import check_expression, check_query
+from reconciler.allowlist import check_expression, check_query, counted
 from reconciler.syntax import Trouble
 from tests.declared import ATTACKS, EXPRESSIONS, QUERIES
 
@@ -29,6 +29,46 @@ def test_an_attack_is_refused_inside_another_query(number: int) -> None:
     # A comment at the end, and VALUES, are harmless where something follows.
     harmless = attack.endswith("the rest of the line") or attack == "VALUES (1)"
     assert (check_query(inside).troubles == []) is harmless
+
+
+WHOLE = {
+    "SELECT count(*) FROM app.jobs": "app.jobs",
+    "SELECT pg_catalog.count(*) FROM app.jobs AS j": "app.jobs",
+    'select COUNT(*) as n\nfrom "App"."Jobs" x -- all': '"App"."Jobs"',
+    "SELECT count(*) FROM ONLY app.jobs": None,
+    "SELECT count(j.id) FROM app.jobs AS j": None,
+    "SELECT count(DISTINCT j.id) FROM app.jobs AS j": None,
+    "SELECT count(*) FILTER (WHERE true) FROM app.jobs": None,
+    "SELECT count(*) OVER () FROM app.jobs": None,
+    "SELECT count(*) + 1 FROM app.jobs": None,
+    "SELECT count(*), 1 FROM app.jobs": None,
+    "SELECT sum(1) FROM app.jobs": None,
+    "SELECT count(*) FROM app.jobs AS j WHERE j.id > 0": None,
+    "SELECT count(*) FROM app.jobs, app.jobs AS k": None,
+    "SELECT count(*) FROM app.jobs AS j JOIN app.jobs AS k ON true": None,
+    "SELECT count(*) FROM app.jobs GROUP BY ()": None,
+    "SELECT count(*) FROM app.jobs HAVING true": None,
+    "SELECT count(*) FROM app.jobs LIMIT 1": None,
+    "SELECT count(*) FROM app.jobs OFFSET 1": None,
+    "SELECT count(*) FROM app.jobs TABLESAMPLE system (10)": None,
+    "SELECT count(*) FROM app.jobs UNION SELECT 1": None,
+    "WITH jobs AS (SELECT 1) SELECT count(*) FROM jobs": None,
+    "SELECT count(*) FROM (SELECT 1) AS j": None,
+    "SELECT count(*) FROM generate_series(1, 2)": None,
+    "VALUES (1)": None,
+    "DELETE FROM app.jobs": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("query", WHOLE)
+def test_a_table_that_is_counted_whole(query: str) -> None:
+    assert counted(query) == WHOLE[query]
+
+
+def test_the_functions_of_a_query_are_known_wherever_they_stand() -> None:
+    text = "SELECT lower(x) FROM unnest(ARRAY[pg_catalog.format_type(1, 2)]) AS x WHERE EXISTS (SELECT max(1))"
+    assert check_query(text).functions == {"lower", "unnest", "format_type", "max"}
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)

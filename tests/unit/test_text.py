@@ -122,6 +122,18 @@ def test_what_is_judged_later_is_said_and_counted_apart() -> None:
     assert text.checks_line((), (), of("predicted", "predicted", "differs")).endswith("Surface: 2 of 3 as predicted.")
 
 
+def test_what_could_not_be_judged_is_never_left_out() -> None:
+    def of(*statuses: str) -> list[Verdict]:
+        return [states.verdict(status) for status in statuses]
+
+    line = text.checks_line((), of("passed", "not_judged", "not_judged"), of("predicted", "not_judged"))
+    assert line.endswith(" Proofs: 1 passed, 0 rehearsed, 2 not judged. Surface: 1 of 2 as predicted, 1 not judged.")
+    planned = text.checks_line((), of("deferred"), of("deferred", "not_judged"))
+    assert planned.endswith(
+        "Proofs: 0 passed, 0 rehearsed, 1 not run. Surface: 2 rows compared in apply, 1 not judged."
+    )
+
+
 def test_problems_after_commit_come_last() -> None:
     shown = text.outcome(outcome(problems=("one", "two")), colour=False).splitlines()
     assert shown[0].startswith("Apply complete!")

@@ -1,0 +1,46 @@
+"""Sixth step of the flow: the statements of a plan, each under its role and the declared path.
+
+An apply, a rehearsal and the proof that a revert undoes an apply run them through here, so they cannot differ.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from psycopg import sql
+
+from reconciler import pg
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from reconciler.model import Change, Declared, Policy, Statement
+
+
+def path_of(change: Change, items: Mapping[str, Declared], policy: Policy) -> Sequence[str]:
+    """The search_path that a change runs under: that of the policy, or the one that its function is created under."""
+    item = items.get(change.address)
+    return getattr(item.rules, "created_under", None) or policy.apply.search_path if item else policy.apply.search_path
+
+
+def one(conn: pg.Connection, statement: Statement, path: Sequence[str], doing: str) -> str:
+    """Run one statement inside the caller's transaction; its first answer row as text.
+
+    Raises what `pg.execute` raises; the role is then the statement's, and the transaction is over anyway.
+    """
+    chosen = sql.SQL(", ").join(map(sql.Identifier, path))
+    pg.run(conn, sql.SQL("SET LOCAL search_path = {}").format(chosen))
+    if statement.role is not None:
+        pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(statement.role)), doing)
+    answer = pg.execute(conn, statement.text, doing=doing)
+    if statement.role is not None:
+        pg.run(conn, "SET LOCAL ROLE NONE")
+    return answer
+
+
+def everything(conn: pg.Connection, changes: Iterable[Change], items: Mapping[str, Declared], policy: Policy) -> None:
+    """Run every statement of every change, in their order, and leave an empty search_path."""
+    for change in changes:
+        for statement in change.statements:
+            one(conn, statement, path_of(change, items, policy), change.address)
+    pg.run(conn, "SET LOCAL search_path = ''")
