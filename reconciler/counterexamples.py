@@ -37,13 +37,13 @@ from reconciler.rowmaking import (
     force,
     lift_triggers,
     names_in,
+    past,
     put,
     rows_for,
     said,
     told_apart,
     value_of,
     values_for,
-    without,
 )
 from reconciler.samples import Constants, constants_of, joined, mentioned
 from reconciler.syntax import single
@@ -101,6 +101,8 @@ class Scene:
     constants: Constants
     varied: frozenset[str]
     """Names of the columns whose values may matter."""
+    told: frozenset[str]
+    """Those that the query itself compares."""
     calls: bool
     """It calls functions."""
 
@@ -155,6 +157,7 @@ def read(conn: pg.Connection, query: str, *, shown: bool) -> Scene:
         views=views,
         constants=joined(constants_of(one) for one in trees),
         varied=frozenset(name for one in trees for name in mentioned(one, shown=shown or one is not tree)),
+        told=frozenset(mentioned(tree, shown=False)),
         calls=any(isinstance(node, pb.FuncCall) for _, node in walk(tree)),
     )
 
@@ -280,7 +283,8 @@ def search(trial: Trial, query: str) -> list[Attempt]:
     found: list[Attempt] = []
     with closing(_Search(trial, scene).all()) as attempts:
         for attempt in attempts:
-            found.append(attempt)
+            if attempt not in found:
+                found.append(attempt)
             if attempt.outcome == "violated":
                 break
     return found
@@ -437,8 +441,8 @@ class _Search:
             self.refresh()
 
         words = "; ".join(
-            f"{'a row' if len(rows[key]) == 1 else f'{len(rows[key])} rows'} {how} "
-            f"{self.scene.relations[key].text} ({said(rows[key][0], self.scene.varied)})"
+            f"{'a row' if len(rows[key]) == 1 else f'{len(rows[key])} rows'} {how} {self.scene.relations[key].text}"
+            f"{said(rows[key][0], self.scene.told)}"
             for key in order
         )
         attempt = self.trial.attempt(words, write)
@@ -452,7 +456,7 @@ class _Search:
                 write()
 
             attempt = self.trial.attempt(words, without_triggers)
-        return without(attempt, lifted)
+        return past(attempt, lifted)
 
     def refresh(self) -> None:
         """Bring materialized views up to date."""
@@ -480,7 +484,7 @@ class _Search:
                     if held[-1].outcome == "violated":
                         break
                     update = change(relation, {name: value}, where)
-                    tried = f"{words} of {relation.text} changed: {said({name: value}, {name})}"
+                    tried = f"{words} of {relation.text} changed{said({name: value}, {name})}"
                     held.append(self.forced(relation, tried, update, lawful=lawful))
                 if held[-1].outcome == "violated":
                     yield held[-1]
@@ -508,7 +512,7 @@ class _Search:
             force(self.conn, relation, statement, words, lifted)
             self.refresh()
 
-        return without(self.trial.attempt(words, make), lifted)
+        return past(self.trial.attempt(words, make), lifted)
 
     def given(self, keys: Sequence[Key]) -> None:
         """A row in each relation that was there before: written past triggers and foreign keys."""
@@ -547,7 +551,7 @@ class _Search:
                 wanted = self.scene.wanted(place)._replace(varied=frozenset({column}))
                 pool = values_for(self.conn, relation, wanted, lawful=True)[column]
                 found |= dict.fromkeys(text for text in pool if text)
-        return list(found)[:6] or [NAME]
+        return [NAME, *list(found)[:6]]
 
     def tampered(self, what: str, facets: Sequence[Tampering]) -> Iterator[Attempt]:
         """Each facet in turn: the one that turns the verdict, else one sentence for all."""
@@ -591,7 +595,7 @@ class _Search:
                 where = sql.SQL("oid = {}::pg_catalog.oid").format(sql.Literal(oid))
                 pg.run(self.conn, change(relation, other, where))
 
-            yield self.trial.attempt(f"{facet.words}; in {relation.text}: {said(other, other)}", make)
+            yield self.trial.attempt(f"{facet.words}; then in {relation.text}{said(other, other)}", make)
 
     def altered_rows(self, key: Key, statements: Sequence[Composable]) -> tuple[Row, list[Row]]:
         """The row of a new object, and the same with every other value that the query might look for."""

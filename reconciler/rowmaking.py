@@ -32,6 +32,8 @@ Row = dict[str, str | None]
 
 MOST_COMBINATIONS = 50_000
 SEARCH_TIMEOUT_MS = 5_000
+_DEEPEST = 4
+"""How far foreign keys are followed."""
 
 
 class Condition(NamedTuple):
@@ -39,6 +41,16 @@ class Condition(NamedTuple):
 
     text: str
     columns: frozenset[str]
+
+
+class ForeignKey(NamedTuple):
+    """Columns of a table, and those of another table (schema, name) where their values must be."""
+
+    name: str
+    ours: tuple[str, ...]
+    schema: str
+    table: str
+    theirs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Relation:
     """CHECK constraints, and for a partitioned table that a row belongs to one of its partitions."""
     unique: frozenset[str] = frozenset()
     """Columns of unique indexes."""
+    foreign: tuple[ForeignKey, ...] = ()
     constants: Constants = field(default=Constants({}, ()))
     """Those of the checks."""
 
@@ -99,6 +112,7 @@ def describe(conn: pg.Connection, schema: str, name: str) -> Relation | None:
         if tree is not None
     )
     unique = pg.rows(conn, _UNIQUE, (oid,), doing=f"reading the keys of {name}")
+    keys = pg.rows(conn, _FOREIGN_KEYS, (oid,), doing=f"reading the foreign keys of {name}")
     return Relation(
         oid=oid,
         schema=schema,
@@ -107,6 +121,10 @@ def describe(conn: pg.Connection, schema: str, name: str) -> Relation | None:
         columns=columns,
         checks=checks,
         unique=frozenset(row["name"] for row in unique),
+        foreign=tuple(
+            ForeignKey(row["name"], tuple(row["ours"]), row["schema"], row["table"], tuple(row["theirs"]))
+            for row in keys
+        ),
         constants=joined(constants_of(tree) for tree in trees if tree is not None),
     )
 
@@ -158,6 +176,20 @@ SELECT DISTINCT a.attname::pg_catalog.text AS name
 """
 
 
+_FOREIGN_KEYS = """
+SELECT k.conname::pg_catalog.text AS name, n.nspname::pg_catalog.text AS schema, c.relname::pg_catalog.text AS "table",
+       (SELECT pg_catalog.array_agg(a.attname::pg_catalog.text ORDER BY u.place)
+          FROM pg_catalog.unnest(k.conkey) WITH ORDINALITY AS u (number, place)
+          JOIN pg_catalog.pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.number) AS ours,
+       (SELECT pg_catalog.array_agg(a.attname::pg_catalog.text ORDER BY u.place)
+          FROM pg_catalog.unnest(k.confkey) WITH ORDINALITY AS u (number, place)
+          JOIN pg_catalog.pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.number) AS theirs
+  FROM pg_catalog.pg_constraint k
+  JOIN pg_catalog.pg_class c ON c.oid = k.confrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE k.conrelid = %s AND k.contype = 'f' ORDER BY k.conname
+"""
+
+
 # -------------------------------------------------------------------------------------------------------- combinations
 
 
@@ -175,12 +207,15 @@ class Wanted(NamedTuple):
     """The name by which the filters call the relation."""
 
 
-def rows_for(conn: pg.Connection, relation: Relation, wanted: Wanted, *, lawful: bool, limit: int) -> list[Row]:
+def rows_for(  # noqa: PLR0913 - what, for what, how, how many
+    conn: pg.Connection, relation: Relation, wanted: Wanted, *, lawful: bool, limit: int, depth: int = 0
+) -> list[Row]:
     """Rows for the relation, always the same ones: first those that pass the filters, the simplest first.
 
-    lawful: they fulfil NOT NULL and the checks; otherwise they need not.
+    lawful: they fulfil NOT NULL and the checks; otherwise they need not where varied columns are concerned.
     """
-    laws = relation.checks if lawful else ()
+    wanted = wanted._replace(fixed={**_borrowed(conn, relation, wanted, depth), **wanted.fixed})
+    laws = _laws(relation, wanted, lawful=lawful)
     generated = [column for column in relation.columns if column.generated is not None]
     found: list[Row] = []
     for filters in dict.fromkeys((wanted.filters, ())):
@@ -192,9 +227,26 @@ def rows_for(conn: pg.Connection, relation: Relation, wanted: Wanted, *, lawful:
     return found
 
 
+def _borrowed(conn: pg.Connection, relation: Relation, wanted: Wanted, depth: int) -> Row:
+    """For columns that must point somewhere and that nobody asks for: a row that is there, or one that could be."""
+    found: Row = {}
+    bound = {column.name for column in relation.columns if column.not_null}
+    for key in relation.foreign if depth < _DEEPEST else ():
+        parent = describe(conn, key.schema, key.table)
+        free = bound & {*key.ours} and not {*key.ours} & {*wanted.varied, *wanted.fixed}
+        if parent is None or parent.oid == relation.oid or not free:
+            continue
+        shown = [sql.SQL("{0}::pg_catalog.text AS {0}").format(sql.Identifier(name)) for name in key.theirs]
+        query = sql.SQL("SELECT {} FROM {} LIMIT 1").format(sql.SQL(", ").join(shown), parent.identifier)
+        rows: list[Row] = pg.rows(conn, query, doing=f"reading {parent.text}")
+        for row in rows or rows_for(conn, parent, Wanted(), lawful=True, limit=1, depth=depth + 1):
+            found |= {ours: row[theirs] for ours, theirs in zip(key.ours, key.theirs, strict=True)}
+    return found
+
+
 def values_for(conn: pg.Connection, relation: Relation, wanted: Wanted, *, lawful: bool) -> dict[str, list[str | None]]:
     """The values to try in each column that can be written, without those that a condition on it alone refuses."""
-    laws = relation.checks if lawful else ()
+    laws = _laws(relation, wanted, lawful=lawful)
     found = _pools(conn, relation, wanted, lawful=lawful)
     for check in (*laws, *wanted.filters):
         for name in check.columns & found.keys() if len(check.columns) == 1 else ():
@@ -203,6 +255,10 @@ def values_for(conn: pg.Connection, relation: Relation, wanted: Wanted, *, lawfu
             # A filter that lets nothing through is no help; a law is a law.
             found[name] = [row[name] for row in rows] or ([] if check in laws else found[name])
     return found
+
+
+def _laws(relation: Relation, wanted: Wanted, *, lawful: bool) -> tuple[Condition, ...]:
+    return tuple(check for check in relation.checks if lawful or not check.columns & wanted.varied)
 
 
 def told_apart(relation: Relation, care: Collection[str], rows: Sequence[Row]) -> list[Row]:
@@ -229,7 +285,8 @@ def _pools(conn: pg.Connection, relation: Relation, wanted: Wanted, *, lawful: b
         own = relation.constants.columns.get(column.name, ())
         texts = (*wanted.constants.columns.get(column.name, ()), *own)
         default = [raw(column.default)] if column.default is not None else []
-        nothing: list[str | None] = [None] if not (lawful and column.not_null) else []
+        bound = column.not_null and (lawful or column.name not in wanted.varied)
+        nothing: list[str | None] = [] if bound else [None]
         if column.name in wanted.varied:
             pools[column.name] = [*_taken(conn, column, [*guesses(column, texts or few), *default]), *nothing]
         elif column.name in ruled:
@@ -376,7 +433,6 @@ def put(  # noqa: PLR0913, PLR0917 - what goes where, and how far one may go
     raise ServerProblem(f"too much stands in the way of a row for {relation.text}")
 
 
-_DEEPEST = 4
 _OBSTACLES = 16
 
 
@@ -430,12 +486,12 @@ def _parent(  # noqa: PLR0913, PLR0917 - as put
     depth: int,
 ) -> bool:
     """Make the row that a foreign key asks for. False when there is no way to."""
-    found = pg.rows(conn, _FOREIGN_KEY, (relation.oid, diag.constraint_name), doing="reading a foreign key")
-    if not found:
+    key = next((one for one in relation.foreign if one.name == diag.constraint_name), None)
+    parent = describe(conn, key.schema, key.table) if key is not None else None
+    if key is None or parent is None:
         return False
-    parent = describe(conn, found[0]["schema"], found[0]["name"])
-    pairs = {theirs: row[ours] for ours, theirs in zip(found[0]["ours"], found[0]["theirs"], strict=True)}
-    if parent is None or None in pairs.values():
+    pairs = {theirs: row[ours] for ours, theirs in zip(key.ours, key.theirs, strict=True)}
+    if None in pairs.values():
         return False
     rows = rows_for(conn, parent, Wanted(fixed=pairs), lawful=True, limit=1)
     if not rows:
@@ -446,20 +502,6 @@ def _parent(  # noqa: PLR0913, PLR0917 - as put
     except ReconcilerError:
         return False
     return True
-
-
-_FOREIGN_KEY = """
-SELECT n.nspname::pg_catalog.text AS schema, c.relname::pg_catalog.text AS name,
-       (SELECT pg_catalog.array_agg(a.attname::pg_catalog.text ORDER BY u.place)
-          FROM pg_catalog.unnest(k.conkey) WITH ORDINALITY AS u (number, place)
-          JOIN pg_catalog.pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.number) AS ours,
-       (SELECT pg_catalog.array_agg(a.attname::pg_catalog.text ORDER BY u.place)
-          FROM pg_catalog.unnest(k.confkey) WITH ORDINALITY AS u (number, place)
-          JOIN pg_catalog.pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.number) AS theirs
-  FROM pg_catalog.pg_constraint k
-  JOIN pg_catalog.pg_class c ON c.oid = k.confrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE k.conrelid = %s AND k.conname = %s AND k.contype = 'f'
-"""
 
 
 # ----------------------------------------------------------------------------------------------- what stands in the way
@@ -482,12 +524,9 @@ def force(conn: pg.Connection, relation: Relation, statement: Composed, doing: s
     raise ServerProblem(f"too much stands in the way of a change of {relation.text}")
 
 
-def without(attempt: Attempt, lifted: Sequence[str] | None) -> Attempt:
+def past(attempt: Attempt, lifted: Sequence[str] | None) -> Attempt:
     """The attempt, saying what had to be taken away for it."""
-    if not lifted:
-        return attempt
-    gone = ", ".join(dict.fromkeys(what for what in lifted if what))
-    return attempt.model_copy(update={"tried": f"{attempt.tried}, once {gone} is out of the way"}) if gone else attempt
+    return attempt.model_copy(update={"without": tuple(dict.fromkeys(lifted))}) if lifted else attempt
 
 
 def lift(conn: pg.Connection, relation: Relation, diag: psycopg.errors.Diagnostic) -> str | None:
@@ -533,7 +572,9 @@ _KINDS = {
 def lift_triggers(conn: pg.Connection, relation: Relation, context: str = "") -> str | None:
     """Disable the triggers whose function the context names, or else all that are enabled; None when there is none."""
     found = pg.rows(conn, _TRIGGERS, (relation.oid,), doing=f"reading the triggers of {relation.text}")
-    guilty = [row["name"] for row in found if f"{row['function']}(" in context] or [row["name"] for row in found]
+    guilty: list[str] = [row["name"] for row in found if f"{row['function']}(" in context] or [
+        row["name"] for row in found
+    ]
     try:
         with kept(conn):
             for name in guilty:
@@ -552,9 +593,9 @@ SELECT t.tgname::pg_catalog.text AS name, p.proname::pg_catalog.text AS function
 
 
 def said(row: Mapping[str, str | None], names: Collection[str]) -> str:
-    """Some values of a row, for people."""
+    """Some values of a row, for people: ` (name = 'value')`, or nothing."""
     shown = [f"{name} = {_quoted(value)}" for name, value in row.items() if name in names]
-    return ", ".join(shown)
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def _quoted(value: str | None) -> str:

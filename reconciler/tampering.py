@@ -43,7 +43,7 @@ def _one(words: str, *statements: Composed) -> Tampering:
 
 def of_table(conn: pg.Connection, relation: Relation) -> list[Tampering]:
     """Every facet of a table, a view or a foreign table that its definition has."""
-    found = [*_columns(relation), *_properties(relation)]
+    found = [*_columns(relation), *_properties(conn, relation)]
     if relation.kind in {"v", "m"}:
         return [*found, _view(conn, relation), *_grants(conn, relation)]
     return [
@@ -104,23 +104,26 @@ def _columns(relation: Relation) -> Iterator[Tampering]:
         yield Tampering("a NOT NULL set", set_)
 
 
-def _properties(relation: Relation) -> Iterator[Tampering]:
+def _properties(conn: pg.Connection, relation: Relation) -> Iterator[Tampering]:
     role, new = sql.Identifier(NAME), sql.Identifier(relation.schema, NAME)
     yield _one("the owner changed", ROLE, _alter(relation, "OWNER TO {}", role))
     if relation.kind not in {"r", "p"}:
         return
-    yield Tampering(
-        "the replica identity changed",
-        tuple((_alter(relation, action),) for action in ("REPLICA IDENTITY FULL", "REPLICA IDENTITY NOTHING")),
-    )
+    query = "SELECT relreplident = 'f' AS whole FROM pg_catalog.pg_class WHERE oid = %s"
+    if pg.rows(conn, query, (relation.oid,), doing=f"reading {relation.text}")[0]["whole"]:
+        yield _one("the replica identity changed", _alter(relation, "REPLICA IDENTITY NOTHING"))
+    else:
+        yield _one("the replica identity changed", _alter(relation, "REPLICA IDENTITY FULL"))
     yield _one(
         "a rule added",
         sql.SQL("CREATE RULE {} AS ON UPDATE TO {} DO ALSO NOTHING").format(role, relation.identifier),
     )
     if relation.kind == "r":
-        yield Tampering(
-            "logging turned off or on", tuple((_alter(relation, action),) for action in ("SET UNLOGGED", "SET LOGGED"))
-        )
+        query = "SELECT relpersistence = 'u' AS unlogged FROM pg_catalog.pg_class WHERE oid = %s"
+        if pg.rows(conn, query, (relation.oid,), doing=f"reading {relation.text}")[0]["unlogged"]:
+            yield _one("made logged", _alter(relation, "SET LOGGED"))
+        else:
+            yield _one("made unlogged", _alter(relation, "SET UNLOGGED"))
         yield _one(
             "a parent given",
             sql.SQL("CREATE TABLE {} (LIKE {})").format(new, relation.identifier),

@@ -31,16 +31,19 @@ HOLDS = ("held", "attested")
 class Attempt(Model):
     """One thing that was done, in words, and what came of it.
 
-    violated, held: what the invariant said. refused: the server did not let it happen. not tried: why.
+    violated, held: what the invariant said. refused: the server did not let it happen. not tried: why. without: the
+    constraints and triggers that had to be taken away for it.
     """
 
     tried: str
     outcome: Literal["violated", "held", "refused", "not tried"]
     detail: str = ""
+    without: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """`tried: outcome: detail`."""
-        return ": ".join(part for part in (self.tried, self.outcome, self.detail) if part)
+        """`tried, without ...: outcome: detail`."""
+        gone = f", without {', '.join(self.without)}" if self.without else ""
+        return ": ".join(part for part in (f"{self.tried}{gone}", self.outcome, self.detail) if part)
 
 
 class Trial:

@@ -475,3 +475,40 @@ def test_show_prints_a_plan_and_an_approval_again(job: Job) -> None:
     assert PLAN_LINE in shown.splitlines()
     (approval,) = job.folder.glob("*.approval.json")
     assert "operator: Phase 2" in job.run("show", approval).stdout
+
+
+CONTROL_PLANE = """
+SELECT 'function', p.oid::regprocedure::text,
+       pg_get_functiondef(p.oid) || coalesce(p.proacl::text, '-') || r.rolname || coalesce(obj_description(p.oid), '-')
+  FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner
+ WHERE p.pronamespace = 'public'::regnamespace AND p.proname ~ '^fn_(job|queue)_'
+UNION ALL SELECT 'gate', key, value FROM public.dot_config WHERE key LIKE 'queue.%'
+UNION ALL SELECT 'marker', executor_name, to_jsonb(h)::text FROM public.queue_heartbeat h
+ORDER BY 1, 2
+"""
+"""All that Phase 2 may change, in PostgreSQL's own words."""
+
+
+@pytest.mark.smoke
+def test_phase_2_is_undone_to_the_byte(job: Job) -> None:
+    baseline, counts = digest(job.db.execute(CONTROL_PLANE)), job.counts()
+    job.phase2()
+    applied = digest(job.db.execute(CONTROL_PLANE))
+    assert applied != baseline
+    undo = job.folder / "undo.plan"
+    shown = job.run("revert", "1", "-s", job.state, "-t", job.target, "--out", undo).stdout
+    assert "Plan: 0 to add, 1 to change, 10 to remove" in shown
+    accept = [word for hazard in ("changes_policy", "forgets", "retires") for word in ("--accept", hazard)]
+    job.run("approve", undo, "--as", "operator", "--reason", "Back to phase 1", *accept, *governed.attests(undo))
+    done = job.run("apply", undo).stdout
+    assert "Apply complete! 0 added, 1 changed, 10 removed" in done
+    assert digest(job.db.execute(CONTROL_PLANE)) == baseline
+    assert job.counts() == counts
+    # Back and forth: Phase 2 can be applied again, and is what it was.
+    assert PLAN_LINE in job.plan("--out", job.file)
+    plan = json.loads(job.file.read_text())
+    hazards = sorted({hazard for change in (*plan["setup"], *plan["changes"]) for hazard in change["hazards"]})
+    job.approve(*hazards)
+    job.apply()
+    assert digest(job.db.execute(CONTROL_PLANE)) != baseline
+    assert NO_CHANGES in job.plan()
