@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from reconciler import approve, capabilities, execute, ledger, live, locks, pg, settle, setup
+from reconciler import approve, capabilities, carried, execute, ledger, live, locks, pg, settle, setup
 from reconciler.diff import changes as diff_changes
 from reconciler.errors import (
     Locked,
@@ -56,6 +56,12 @@ TAKEN = frozenset({"23505", "42710", "42723", "42P06", "42P07"})
 """What PostgreSQL says when something is there already: a key, an object, a function, a schema, a table."""
 
 
+BELT = 5_000
+"""Milliseconds after max_duration at which the server ends by itself what we should have ended."""
+
+COMMITTING = 10.0
+"""Seconds that the answer to COMMIT may take at least, also when max_duration is nearly over."""
+
 DRAINS = 20
 """How often deferred triggers may defer each other before the apply gives up."""
 
@@ -71,6 +77,7 @@ class _Run:
     deadline: float
     waits: Waits
     progress: Record
+    rehearsed: Mapping[str, Verdict]
 
     @property
     def run_id(self) -> str:
@@ -89,6 +96,7 @@ def apply(request: Request, progress: Progress) -> Outcome:
     desired = check_plan(request.plan)
     if request.target is not None and request.target != request.plan.target.name:
         raise UsageError(f"The plan is for target {request.plan.target.name}, not {request.target}.")
+    rehearsed = carried.verdicts(request.rehearsal, request.plan, desired) if request.rehearsal is not None else {}
     progress("connect")
     with pg.connect(request.dsn, "apply") as conn:
         pg.check_version(conn, allow_untested=request.allow_untested)
@@ -104,6 +112,7 @@ def apply(request: Request, progress: Progress) -> Outcome:
                 deadline=time.monotonic() + milliseconds(policy.apply.max_duration) / 1000,
                 waits=waits,
                 progress=record,
+                rehearsed=rehearsed,
             )
             record.begun = True
             _transaction(conn, run)
@@ -137,12 +146,10 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> ledge
             ledger.check_shape(conn, written_by_us=True)
         approve.verify(
             request.approvals,
+            _court(conn, plan, last, desired),
             effect_digest=plan.effect_digest,
             hazards=plan.hazards,
             attestations=plan.attestations,
-            policy=last.policy or desired.policy,
-            used=last.used,
-            now=_server_time(conn),
         )
         if last.entry is None and not request.initialize:
             raise UsageError(
@@ -155,7 +162,22 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> ledge
                 hint="Leave the option out.",
             )
         capabilities.check(conn, plan, target, ledger_exists=last.exists)
+        if request.rehearsal is not None:
+            carried.same_schema(conn, request.rehearsal)
     return last
+
+
+def _court(conn: pg.Connection, plan: Plan, last: ledger.Last, desired: Desired) -> approve.Court:
+    """By what approvals are judged: what is installed; at a first apply what the plan installs."""
+    allowed = desired.approvers if last.entry is None else last.approvers
+    now = _server_time(conn)
+    return approve.Court(
+        policy=last.policy or desired.policy,
+        allowed=allowed,
+        used=last.used,
+        now=now,
+        author=approve.author(plan, allowed, now),
+    )
 
 
 def _server_time(conn: pg.Connection) -> datetime:
@@ -169,7 +191,7 @@ def _transaction(conn: pg.Connection, run: _Run) -> None:
     """BEGIN to COMMIT. Whatever is raised before COMMIT leaves the database as it was."""
     record = run.progress
     try:
-        with run.waits.named():
+        with run.waits.named(), pg.within(conn, pg.Limit(run.deadline, lambda: _too_late(run))):
             before = locks.take(conn, _task(run), lambda xid: _unchanged(conn, run, xid))
             record.found = before.survey
             memos = live.remember(conn, Asked(run.desired, before.survey.last.allow_functions))
@@ -182,11 +204,13 @@ def _transaction(conn: pg.Connection, run: _Run) -> None:
         record.finished_at = stamp(_server_time(conn))
     except BaseException:
         pg.roll_back(conn)
-        with suppress(ReconcilerError):
+        with suppress(ReconcilerError), pg.within(conn, pg.lost(pg.GRACE)):
             record.finished_at = stamp(_server_time(conn))
         raise
     record("commit")
-    settle.commit(conn, _case(run, before.xid), record)
+    # Whoever waits for COMMIT cannot take it back: when there is no answer, the ledger is asked what became of it.
+    with pg.within(conn, pg.lost(max(run.deadline - time.monotonic(), COMMITTING))):
+        settle.commit(conn, _case(run, before.xid), record)
 
 
 def _task(run: _Run) -> locks.Task:
@@ -229,6 +253,7 @@ def _unchanged(conn: pg.Connection, run: _Run, xid: str) -> _Confirmed:
     """Under the locks: read everything again, plan again, and go on only with the digest that was approved."""
     run.progress.transaction_id, run.progress.started_at = xid, stamp(_server_time(conn))
     run.progress("read", "planning again under the locks")
+    pg.end_by(conn, int(_in_time(run) * 1000) + BELT)
     found = survey(conn, run.desired)
     plan = run.request.plan
     same_target(plan.target, found.target)
@@ -244,12 +269,10 @@ def _unchanged(conn: pg.Connection, run: _Run, xid: str) -> _Confirmed:
         )
     counted = approve.verify(
         run.request.approvals,
+        _court(conn, plan, found.last, run.desired),
         effect_digest=again.effect_digest,
         hazards=again.hazards,
         attestations=again.attestations,
-        policy=run.policy,
-        used=found.last.used,
-        now=_server_time(conn),
     )
     if _rendered(again) != _rendered(plan):
         raise NotApproved(
@@ -298,8 +321,9 @@ def _execute(conn: pg.Connection, run: _Run) -> None:
         for statement in change.statements:
             number += 1
             run.progress("execute", change.address, number, total)
-            remaining = _in_time(run)
-            pg.timeout(conn, max(1, min(milliseconds(run.policy.apply.statement_timeout), int(remaining * 1000))))
+            # The server's own limit comes last, so that it is we who say why.
+            remaining = int(_in_time(run) * 1000) + BELT
+            pg.timeout(conn, min(milliseconds(run.policy.apply.statement_timeout), remaining))
             run.waits.ready(conn)
             begun = time.monotonic()
             answer = _send(conn, change, statement, chosen) or answer
@@ -377,6 +401,7 @@ def _look_again(
         inside=True,
         changes=run.request.plan.changes,
         attested={name for approval in counted for name in approval.attestations},
+        rehearsed=run.rehearsed,
     )
     verdicts = tolerated(live.judge(conn, asked, memos), run.policy)
     run.progress.verdicts = verdicts
@@ -426,6 +451,7 @@ def _record(conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, ver
         plan=before.plan.dump(),
         approvals=tuple(before.approvals),
         policy=run.desired.policy,
+        approvers=run.desired.approvers,
         scope=setup.scope(run.desired),
         manifest=manifest(run.desired, found),
         checks=tuple(verdicts),
@@ -483,11 +509,16 @@ def _in_time(run: _Run) -> float:
     """Seconds left of max_duration. Raises Locked when there are none."""
     remaining = run.deadline - time.monotonic()
     if remaining <= 0:
-        raise Locked(
-            f"The apply took longer than max_duration {run.policy.apply.max_duration} and was rolled back.",
-            hint="Nothing was changed. Find what it waited for, or raise governance.apply.max_duration.",
-        )
+        raise _too_late(run)
     return remaining
+
+
+def _too_late(run: _Run) -> Locked:
+    return Locked(
+        f"The apply took longer than max_duration {run.policy.apply.max_duration} and was rolled back"
+        f" while it was at: {run.progress.doing}",
+        hint="Nothing was changed. Find what it waited for, or raise governance.apply.max_duration.",
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- the end

@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 import unicodedata
 import uuid
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from reconciler import signatures
 from reconciler.errors import NotApproved, PlanDamaged, ProofFailed, UsageError, Violated
-from reconciler.model import Approval, Plan, Policy, Verdict, canonical, milliseconds
+from reconciler.model import Approval, Json, Plan, Policy, Verdict, canonical, milliseconds
 from reconciler.plan import read, stamp
 from reconciler.trust import check_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
 
@@ -30,21 +32,30 @@ def approve(  # noqa: PLR0913 - what a person states, each once
     attested: Sequence[str] = (),
     expires: str | None,
     now: datetime,
+    key: Path | None = None,
+    break_glass: bool = False,
 ) -> Approval:
     """A person's yes to the plan's effects.
 
-    accepted: the hazards, each by name. expires: a duration such as `24h`; None takes the policy's, the longest.
+    accepted: the hazards, each by name. expires: a duration such as `24h`; None takes the policy's, the longest. key:
+    signs it; a private key, or a public one that the agent holds the other half of.
     Raises PlanDamaged for a plan that is not what its digest says, Violated for one that could not be applied,
     NotApproved with what is missing, UsageError.
     """
-    policy = check_plan(plan).policy
+    check_plan(plan)
+    policy, allowed = judging(plan)
     refuse_blocked(plan)
     if not plan.has_changes:
         raise UsageError("The plan changes nothing; there is nothing to approve.")
-    if policy.approval.signed:
+    if key is None and (policy.approval.signed or break_glass):
         raise NotApproved(
-            "The policy asks for signed approvals, which this version cannot make.",
-            hint="Set governance.approval.signed to false; the installed policy must allow it too.",
+            "This approval must be signed.",
+            hint="Add --key FILE: a private SSH key, or a public one that the agent holds.",
+        )
+    if break_glass and approver not in policy.approval.break_glass:
+        raise NotApproved(
+            f"{approver} is not among the break-glass principals of the policy that judges this plan.",
+            hint=f"They are {', '.join(policy.approval.break_glass) or 'none'}.",
         )
     if stamp(now) >= plan.expires_at:
         raise NotApproved(f"The plan expired at {plan.expires_at}.", hint="Make it again and read it again.")
@@ -57,7 +68,7 @@ def approve(  # noqa: PLR0913 - what a person states, each once
         raise UsageError(f"--expires: {error}.") from None
     if lifetime > longest:
         raise UsageError(f"--expires {expires} is longer than the policy's {policy.approval.expires}.")
-    return Approval(
+    approval = Approval(
         id=str(uuid.uuid4()),
         effect_digest=plan.effect_digest,
         plan_checksum=checksum,
@@ -68,6 +79,56 @@ def approve(  # noqa: PLR0913 - what a person states, each once
         attestations=tuple(sorted(set(attested))),
         issued_at=stamp(now),
         expires_at=stamp(now + timedelta(milliseconds=lifetime)),
+        break_glass=break_glass,
+    )
+    if key is None:
+        return approval
+    signed = approval.model_copy(update={"signature": signatures.sign(approval.statement(), key, _namespace(approval))})
+    try:
+        _signer(signed, allowed, now)
+    except signatures.BadSignature as wrong:
+        raise NotApproved(
+            f"The approval of {approver} {wrong}.",
+            hint="It would be refused. Approve with a key of this principal, or ask who keeps the list of approvers.",
+        ) from None
+    return signed
+
+
+def judging(plan: Plan) -> tuple[Policy, str]:
+    """The policy and the list of approvers that will judge this plan: the installed ones, as the plan shows them.
+
+    A plan that changes them holds the installed ones as `before`; a first plan is judged by its own.
+    """
+    before = {change.kind: change.before for change in plan.setup if change.before is not None}
+    policy = Policy.model_validate_json(canonical(before.get("policy", plan.desired["policy"])))
+    listed: Json = before.get("approvers")
+    return policy, plan.desired["approvers"] if listed is None else listed["allowed_signers"]
+
+
+def author(plan: Plan, allowed: str, now: datetime) -> signatures.Signer | None:
+    """Who made the plan, when it is signed by a key of the list; otherwise nobody can say."""
+    if plan.author is None or plan.author_signature is None:
+        return None
+    try:
+        return signatures.judge(plan.statement(), plan.author_signature, allowed, plan.author, signatures.PLAN, now)
+    except signatures.BadSignature:
+        return None
+
+
+def sign_plan(plan: Plan, name: str, key: Path) -> Plan:
+    """The plan with its author's signature. Raises UsageError."""
+    named = plan.model_copy(update={"author": name})
+    return named.model_copy(update={"author_signature": signatures.sign(named.statement(), key, signatures.PLAN)})
+
+
+def _namespace(approval: Approval) -> str:
+    return signatures.BREAK_GLASS if approval.break_glass else signatures.APPROVAL
+
+
+def _signer(approval: Approval, allowed: str, now: datetime) -> signatures.Signer:
+    """Raises BadSignature."""
+    return signatures.judge(
+        approval.statement(), approval.signature or "", allowed, approval.approver, _namespace(approval), now
     )
 
 
@@ -140,68 +201,104 @@ def load(path: Path) -> Approval:
         raise PlanDamaged(f"{path} is no approval: {first['loc']}: {first['msg']}.") from None
 
 
-def verify(  # noqa: PLR0913 - the facts that a judgement needs, each once
+@dataclass(frozen=True)
+class Court:
+    """By what approvals are judged: the installed policy and list, who made the plan, what was used before, the time.
+
+    allowed: the text of an allowed_signers file. used: approval ids that the ledger knows. now: the server's time.
+    """
+
+    policy: Policy
+    allowed: str
+    used: Collection[str]
+    now: datetime
+    author: signatures.Signer | None = None
+
+
+def verify(
     approvals: Sequence[Approval],
+    court: Court,
     *,
     effect_digest: str,
     hazards: Collection[str],
     attestations: Collection[str],
-    policy: Policy,
-    used: Collection[str],
-    now: datetime,
 ) -> list[Approval]:
-    """The approvals that cover these effects, under the installed policy, at the server's time.
+    """The approvals that cover these effects.
 
-    effect_digest, hazards and attestations: as derived again, never as the plan file says. used: approval ids that
-    the ledger knows.
-    Raises NotApproved with every reason when they are too few. One principal counts once, however it is spelt.
+    effect_digest, hazards and attestations: as derived again, never as the plan file says. Raises NotApproved with
+    every reason when they are too few. One principal counts once, however it is spelt, and one key counts once.
     """
     reasons: list[str] = []
     valid: dict[str, Approval] = {}
+    keys: dict[str, str] = {}
     for approval in approvals:
-        wrong = _wrong(approval, effect_digest, hazards, attestations, policy, used, stamp(now))
+        wrong = _wrong(approval, court, effect_digest, hazards, attestations)
+        signer = None
+        if not wrong and approval.signature is not None:
+            try:
+                signer = _signer(approval, court.allowed, court.now)
+            except signatures.BadSignature as bad:
+                wrong = str(bad)
+        if (
+            not wrong
+            and signer is not None
+            and keys.setdefault(signer.fingerprint, approval.approver) != approval.approver
+        ):
+            wrong = f"is signed with the key that {keys[signer.fingerprint]} signed with"
+        if not wrong and court.author is not None and _is_author(approval, signer, court.author):
+            wrong = "is by who made the plan"
         if wrong:
             reasons.append(f"the approval of {approval.approver} {wrong}")
+        elif approval.break_glass:
+            return [approval]
         else:
-            valid.setdefault(_principal(approval), approval)
-    if len(valid) < policy.approval.required:
-        reasons.append(f"{len(valid)} of {policy.approval.required} approvals")
+            valid.setdefault(_principal(approval.approver), approval)
+    needed = court.policy.approval.needed(hazards)
+    if len(valid) < needed:
         raise NotApproved(
             "The plan is not approved.",
-            details=reasons,
+            details=[*reasons, f"{len(valid)} of {needed} approvals", *_missing(court, valid)],
             hint="Run `reconciler approve PLAN`, then apply again.",
         )
     return list(valid.values())
 
 
-def _principal(approval: Approval) -> str:
+def _is_author(approval: Approval, signer: signatures.Signer | None, author: signatures.Signer) -> bool:
+    same_key = signer is not None and signer.fingerprint == author.fingerprint
+    return same_key or _principal(approval.approver) == _principal(author.principal)
+
+
+def _missing(court: Court, valid: Mapping[str, Approval]) -> list[str]:
+    """Who could still approve, by the installed list."""
+    if not court.policy.approval.signed:
+        return []
+    barred = {_principal(court.author.principal)} if court.author else set[str]()
+    names = [name for name in signatures.fingerprints(court.allowed) if _principal(name) not in {*valid, *barred}]
+    return [f"may still approve: {', '.join(sorted(names)) or 'nobody'}"]
+
+
+def _principal(name: str) -> str:
     """The name without what the eye does not tell apart: case, width, accents composed or not, spaces."""
-    return "".join(unicodedata.normalize("NFKC", approval.approver).casefold().split())
+    return "".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
-def _wrong(  # noqa: PLR0913, PLR0917 - as verify
-    approval: Approval,
-    effect_digest: str,
-    hazards: Collection[str],
-    attestations: Collection[str],
-    policy: Policy,
-    used: Collection[str],
-    moment: str,
+def _wrong(
+    approval: Approval, court: Court, effect_digest: str, hazards: Collection[str], attestations: Collection[str]
 ) -> str:
-    """Why this approval does not count; empty when it does."""
+    """Why this approval does not count, signature aside; empty when it does."""
+    policy, moment = court.policy.approval, stamp(court.now)
     unaccepted = sorted(set(hazards) - set(approval.accepted))
     unattested = sorted(set(attestations) - set(approval.attestations))
-    longest = policy.approval.expires
     reasons = (
-        (approval.id in used, "was used before; an approval is for one apply"),
+        (approval.id in court.used, "was used before; an approval is for one apply"),
         (
             approval.effect_digest != effect_digest,
             f"is for other effects ({approval.effect_digest[:12]}, not {effect_digest[:12]})",
         ),
         (moment >= approval.expires_at, f"expired at {approval.expires_at}"),
         (
-            _lifetime(approval) > timedelta(milliseconds=milliseconds(longest)),
-            f"is meant to hold longer than the installed policy's {longest}",
+            _lifetime(approval) > timedelta(milliseconds=milliseconds(policy.expires)),
+            f"is meant to hold longer than the installed policy's {policy.expires}",
         ),
         (
             moment < _earliest(approval),
@@ -209,7 +306,14 @@ def _wrong(  # noqa: PLR0913, PLR0917 - as verify
         ),
         (bool(unaccepted), f"does not accept {', '.join(unaccepted)}"),
         (bool(unattested), f"does not attest {', '.join(unattested)}"),
-        (policy.approval.signed, "is not signed, and the installed policy asks for signatures"),
+        (
+            approval.signature is None and (policy.signed or approval.break_glass),
+            "is not signed, and the installed policy asks for signatures",
+        ),
+        (
+            approval.break_glass and approval.approver not in policy.break_glass,
+            "breaks the glass, which the installed policy does not let this principal do",
+        ),
     )
     return next((sentence for is_wrong, sentence in reasons if is_wrong), "")
 

@@ -158,6 +158,10 @@ def schema() -> None:
 @_server_options
 @_report_options
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Save the plan, for approve and apply.")
+@click.option(
+    "--key", type=click.Path(path_type=Path), help="Sign the saved plan, so that its author may not approve it."
+)
+@click.option("--as", "author", metavar="NAME", help="For --key: who makes the plan.")
 @click.option("--detailed-exitcode", is_flag=True, help="Exit 2 when there are changes.")
 @click.option("--show-values", is_flag=True, help="Print values that declared queries gave; only for trusted runs.")
 @click.pass_context
@@ -169,11 +173,15 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
       reconciler plan --dsn postgresql://planner@db/app -t production
       reconciler plan --out phase2.plan --detailed-exitcode
     """
+    from reconciler import approve as approvals
     from reconciler import desired, drift, pg
     from reconciler import plan as plans
+    from reconciler.errors import UsageError
     from reconciler.render import text
     from reconciler.survey import survey
 
+    if bool(given["key"]) != bool(given["author"]) or (given["key"] and not given["out"]):
+        raise UsageError("A plan is signed with --key FILE, --as NAME and --out FILE together.")
     wanted = desired.load(given["state"], given["target"])
     with pg.connect(given["dsn"], "plan") as conn:
         pg.check_version(conn, allow_untested=given["allow_untested_server"])
@@ -191,7 +199,7 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
             click.echo(f"Not written: {given['out']}. An invariant blocks this plan.", err=True)
         ctx.exit(3)
     if given["out"]:
-        _save(made, given["out"])
+        _save(approvals.sign_plan(made, given["author"], given["key"]) if given["key"] else made, given["out"])
     ctx.exit(2 if made.has_changes and given["detailed_exitcode"] else 0)
 
 
@@ -244,7 +252,11 @@ def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
 
 @cli.command()
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
-@click.option("--as", "approver", required=True, metavar="NAME", help="Who approves.")
+@click.option("--as", "approver", required=True, metavar="NAME", help="Who approves: a principal of the list.")
+@click.option(
+    "--key", type=click.Path(path_type=Path), help="The SSH key that signs: a private one, or one of an agent."
+)
+@click.option("--break-glass", is_flag=True, help="An emergency: alone, if the installed policy lets you.")
 @click.option("--reason", required=True, help="Why.")
 @click.option("--accept", "accepted", multiple=True, metavar="HAZARD", help="A hazard of the plan; each must be named.")
 @click.option("--attest", "attested", multiple=True, metavar="ID", help="What no query can see and you sign for.")
@@ -258,7 +270,7 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
 
     \b
     Examples:
-      reconciler approve phase2.plan --as operator --reason "change 4711" --accept arms_gate
+      reconciler approve phase2.plan --as operator --key ~/.ssh/id_ed25519 --reason "change 4711" --accept arms_gate
       reconciler approve phase2.plan --as operator --reason "tonight" --expires 2h --out tonight.approval.json
     """
     from reconciler import approve as approvals
@@ -275,6 +287,8 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
         attested=given["attested"],
         expires=given["expires"],
         now=datetime.now(UTC),
+        key=given["key"],
+        break_glass=given["break_glass"],
     )
     out = given["out"] or approvals.beside(plan_file, approval.approver)
     plans.write(out, approval.dump())
@@ -299,6 +313,12 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
 )
 @click.option("--initialize", is_flag=True, help="This is the first apply of this name on this database.")
 @click.option(
+    "--rehearsal",
+    "rehearsal_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="What `prove --rehearse --out` saved for this plan: proofs that no apply plays are then told as rehearsed.",
+)
+@click.option(
     "--evidence",
     type=click.Path(path_type=Path, file_okay=False),
     help="Directory for the evidence, new or empty; else <UTC time>-<run> below RECONCILER_EVIDENCE, else evidence/.",
@@ -311,9 +331,11 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
     Examples:
       reconciler apply phase2.plan --dsn postgresql://operator@db/app --initialize
       reconciler apply phase2.plan --approval a.approval.json --approval b.approval.json --evidence run-4711
+      reconciler apply phase2.plan --rehearsal phase2.rehearsal.json
     """
     from reconciler import apply as applying
     from reconciler import approve as approvals
+    from reconciler import carried
     from reconciler import evidence as evidences
     from reconciler import plan as plans
     from reconciler.render import text
@@ -339,6 +361,7 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
         target=given["target"],
         initialize=given["initialize"],
         allow_untested=given["allow_untested_server"],
+        rehearsal=carried.load(given["rehearsal_file"]) if given["rehearsal_file"] else None,
     )
     place = given["evidence"] or _evidence_parent() / evidences.default_name(request.run_id, datetime.now(UTC))
     request = replace(request, settle_by=_settle_command(ctx, place))
@@ -351,6 +374,7 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
             (approval.approver, path.read_bytes() if path else plans.serialize(approval.dump()))
             for approval, path in itertools.zip_longest(loaded, files)
         ],
+        plans.serialize(request.rehearsal.dump()) if request.rehearsal else None,
     )
     record = applying.Record(_Progress(verbose=given["verbose"]))
     # A polite kill rolls back like Ctrl-C does; a kill -9 leaves it to the server.
@@ -437,6 +461,7 @@ class _Kept:
     checksum: str
     plan_bytes: bytes
     approvals: list[tuple[str, bytes]]
+    rehearsal: bytes | None
 
     def write(self, done: Outcome, entry: Entry | None) -> list[str]:
         """Write the evidence; problems are returned, because after COMMIT nothing changes the outcome."""
@@ -446,7 +471,14 @@ class _Kept:
         try:
             told = evidences.document(done, self.plan, self.checksum)
             pages = {"report.md": markdown.evidence(told), "report.html": html.evidence(told)}
-            made = evidences.files(told, plan=self.plan_bytes, approvals=self.approvals, entry=entry, pages=pages)
+            made = evidences.files(
+                told,
+                plan=self.plan_bytes,
+                approvals=self.approvals,
+                entry=entry,
+                pages=pages,
+                rehearsal=self.rehearsal,
+            )
             self.folder.write(made)
         except KeyboardInterrupt:
             return [f"interrupted while evidence was written to {self.folder.path}"]
@@ -703,6 +735,7 @@ def _prove_revert(plan_file: Path, given: Mapping[str, Any]) -> int:
 @_output_options
 @click.option("--rehearse", is_flag=True, help="On a scratch copy of the schema; also what needs two sessions.")
 @click.option("--scratch", metavar="DSN", help="An empty database for the rehearsal, instead of the embedded server.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Save a rehearsal, for apply --rehearsal.")
 @click.option(
     "--mutate", is_flag=True, help="Plant faults in the functions of a rehearsal; say which no proof notices."
 )
@@ -718,16 +751,19 @@ def prove(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
     \b
     Examples:
       reconciler prove --dsn postgresql://operator@db/app -t production
-      reconciler prove --rehearse
+      reconciler prove --rehearse --out phase2.rehearsal.json
       reconciler prove --mutate --equivalent equivalent-mutants.yaml
     """
     from reconciler import desired
+    from reconciler import plan as plans
     from reconciler import prove as proving
     from reconciler.errors import UsageError
     from reconciler.render import text
 
     if given["scratch"] and not (given["rehearse"] or given["mutate"]):
         raise UsageError("--scratch names where to rehearse.", hint="Add --rehearse or --mutate.")
+    if given["out"] and not given["rehearse"]:
+        raise UsageError("--out saves what a rehearsal found.", hint="Add --rehearse.")
     if given["equivalent"] and not given["mutate"]:
         raise UsageError("--equivalent says something about mutants.", hint="Add --mutate.")
     wanted = desired.load(given["state"], given["target"])
@@ -753,6 +789,9 @@ def prove(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
         from reconciler import rehearsal
 
         found = rehearsal.prove(given["dsn"], wanted, scratch=given["scratch"], allow_untested=untested)
+        if given["out"]:
+            plans.write(given["out"], found.dump())
+            click.echo(f"Saved {given['out']}. Next: reconciler apply PLAN --rehearsal {given['out']}", err=True)
     else:
         found = proving.prove(given["dsn"], wanted, allow_untested=untested)
     if given["form"] == "json":

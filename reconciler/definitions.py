@@ -44,6 +44,20 @@ def of_table(conn: Connection, name: str) -> list[str] | None:
     return [*lines, *(_trigger(row) for row in triggers)]
 
 
+def of_schema(conn: Connection) -> str:
+    """SHA-256 of everything that the schemas of this database define, our own and PostgreSQL's left out.
+
+    Two databases that were made alike have the same digest. Values are no part of it: neither rows nor positions of
+    sequences.
+    """
+    schemas = [row["name"] for row in pg.rows(conn, _SCHEMAS, doing="reading the schema")]
+    lines = [line for schema in schemas for line in of_functions(conn, schema, "")]
+    found = pg.rows(conn, _SCHEMA, (schemas,), doing="reading the schema")
+    lines += [f"{row['line']} sha256:{_sha256(row['body'])}" for row in found]
+    # Sorted here, not by the server, whose collation is its own.
+    return _sha256("\n".join(sorted(lines)))
+
+
 def reading(role: str) -> str:
     """How each line begins that says that this role may read a table, or columns of it, and may not pass that on."""
     return f"grant to {role if role == 'PUBLIC' else quote_ident(role)}: SELECT "
@@ -59,7 +73,11 @@ def of_functions(conn: Connection, schema: str, pattern: str) -> list[str]:
 
 
 def _function(row: Mapping[str, Any]) -> str:
-    return f"{row['attributes']} body sha256:{hashlib.sha256(row['body'].encode()).hexdigest()}"
+    return f"{row['attributes']} body sha256:{_sha256(row['body'])}"
+
+
+def _sha256(text: str | None) -> str:
+    return hashlib.sha256((text or "").encode()).hexdigest()
 
 
 def _trigger(row: Mapping[str, Any]) -> str:
@@ -197,3 +215,83 @@ _FUNCTIONS = (
  ORDER BY p.oid::pg_catalog.regprocedure::pg_catalog.text COLLATE "C"
 """
 )
+
+_SCHEMAS = """
+SELECT nspname::pg_catalog.text AS name FROM pg_catalog.pg_namespace
+ WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'reconciler') ORDER BY 1
+"""
+
+_SCHEMA = """
+SELECT q.line, q.body FROM (
+WITH n AS (
+    SELECT oid, nspname::pg_catalog.text AS name, nspowner, nspacl FROM pg_catalog.pg_namespace
+     WHERE nspname = ANY (%s::pg_catalog.name[])
+), members AS (
+    SELECT d.classid, d.objid FROM pg_catalog.pg_depend d
+     WHERE d.deptype = 'e' AND d.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass
+), c AS (
+    SELECT r.*, pg_catalog.format('%%I.%%I', n.name, r.relname) AS name
+      FROM pg_catalog.pg_class r JOIN n ON n.oid = r.relnamespace
+     WHERE NOT EXISTS (SELECT FROM members m
+                        WHERE m.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND m.objid = r.oid)
+)
+SELECT pg_catalog.concat_ws(' ', 'schema', n.name, pg_catalog.pg_get_userbyid(n.nspowner), n.nspacl) AS line,
+       NULL AS body
+  FROM n
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'extension', e.extname, e.extversion), NULL FROM pg_catalog.pg_extension e
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'relation', c.name, c.relkind::pg_catalog.text, c.relpersistence::pg_catalog.text,
+           pg_catalog.pg_get_userbyid(c.relowner), c.relacl, c.reloptions, c.relrowsecurity, c.relforcerowsecurity,
+           c.relreplident::pg_catalog.text, pg_catalog.pg_get_expr(c.relpartbound, c.oid)), NULL
+  FROM c WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S', 'c')
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'column', c.name, a.attnum, a.attname,
+           pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity::pg_catalog.text,
+           a.attgenerated::pg_catalog.text, a.attcollation = t.typcollation,
+           pg_catalog.pg_get_expr(d.adbin, d.adrelid), a.attacl), NULL
+  FROM c JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+  JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+  LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+ WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f', 'c')
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'inherits', c.name, h.inhparent::pg_catalog.regclass), NULL
+  FROM c JOIN pg_catalog.pg_inherits h ON h.inhrelid = c.oid
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'constraint', c.name, k.conname, k.convalidated, k.condeferrable),
+       pg_catalog.pg_get_constraintdef(k.oid)
+  FROM c JOIN pg_catalog.pg_constraint k ON k.conrelid = c.oid
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'index', c.name, i.indisvalid), pg_catalog.pg_get_indexdef(i.indexrelid)
+  FROM c JOIN pg_catalog.pg_index i ON i.indrelid = c.oid
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'trigger', c.name, t.tgenabled::pg_catalog.text), pg_catalog.pg_get_triggerdef(t.oid)
+  FROM c JOIN pg_catalog.pg_trigger t ON t.tgrelid = c.oid WHERE NOT t.tgisinternal
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'rule', c.name, w.ev_enabled::pg_catalog.text), pg_catalog.pg_get_ruledef(w.oid)
+  FROM c JOIN pg_catalog.pg_rewrite w ON w.ev_class = c.oid
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'policy', c.name, p.polname, p.polcmd::pg_catalog.text, p.polpermissive,
+           (SELECT pg_catalog.array_agg(pg_catalog.pg_get_userbyid(x) ORDER BY 1)
+              FROM pg_catalog.unnest(p.polroles) AS x)),
+       pg_catalog.concat_ws(' check ', pg_catalog.pg_get_expr(p.polqual, p.polrelid),
+                            pg_catalog.pg_get_expr(p.polwithcheck, p.polrelid))
+  FROM c JOIN pg_catalog.pg_policy p ON p.polrelid = c.oid
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'type', n.name, t.typname, t.typtype::pg_catalog.text,
+           pg_catalog.pg_get_userbyid(t.typowner), t.typacl, t.typnotnull, t.typdefault,
+           CASE WHEN t.typbasetype <> 0 THEN pg_catalog.format_type(t.typbasetype, t.typtypmod) END,
+           (SELECT pg_catalog.array_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_catalog.pg_enum e
+             WHERE e.enumtypid = t.oid)),
+       (SELECT pg_catalog.string_agg(pg_catalog.pg_get_constraintdef(k.oid), ' ' ORDER BY k.conname)
+          FROM pg_catalog.pg_constraint k WHERE k.contypid = t.oid)
+  FROM pg_catalog.pg_type t JOIN n ON n.oid = t.typnamespace
+ WHERE t.typtype IN ('d', 'e', 'r')
+   AND NOT EXISTS (SELECT FROM members m
+                    WHERE m.classid = 'pg_catalog.pg_type'::pg_catalog.regclass AND m.objid = t.oid)
+UNION ALL
+SELECT pg_catalog.concat_ws(' ', 'event trigger', e.evtname, e.evtevent, e.evtenabled::pg_catalog.text, e.evttags,
+           e.evtfoid::pg_catalog.regprocedure), NULL
+  FROM pg_catalog.pg_event_trigger e
+) AS q
+"""

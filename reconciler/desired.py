@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from pydantic import Field
 
+from reconciler import signatures
 from reconciler.checks import checks
 from reconciler.checks.proof import ProofSpec, armed, refuses
 from reconciler.errors import InputError, Problem, UsageError
@@ -139,6 +140,8 @@ def _resolved(  # noqa: PLR0913, PLR0917 - what was parsed, for one target
         allow_functions=governance.allow_functions,
         allow_not_judged=governance.allow_not_judged,
     )
+    approvers, found = _approvers(directory, governance, sections["governance"]["governance"])
+    problems += found
     pins, unpinned = _pins(sections)
     context = Context(root=directory, stores=governance.gate_stores, policy=policy, pins=pins, capturing=capturing)
     items, found = _items(sections, variables, context)
@@ -153,12 +156,43 @@ def _resolved(  # noqa: PLR0913, PLR0917 - what was parsed, for one target
         database=governance.targets[chosen].database,
         ledger=governance.targets[chosen].ledger,
         policy=policy,
+        approvers=approvers,
         scope=governance.scope,
         stores=governance.gate_stores,
         items=dict(sorted(items.items())),
         checks=dict(sorted(judged.items())),
         source_digest=source,
     )
+
+
+def _approvers(directory: Path, governance: Governance, entry: _Entry) -> tuple[str, list[Problem]]:
+    """The text of the file that says who may approve, and everything that is wrong with it."""
+    policy, path = governance.approval, ("approval", "approvers")
+    if policy.approvers is None:
+        if policy.signed:
+            message = (
+                "`signed: true` needs `approvers`: a file in OpenSSH's allowed_signers format that says who may approve"
+            )
+            return "", [entry.problem(message, ("approval",))]
+        return "", []
+    file = directory / policy.approvers
+    text, problems = read_text(file, directory)
+    if text is None:
+        return "", [entry.problem(str(problem), path, value=True) for problem in problems]
+    problems = [Problem(str(file), line, None, sentence) for line, sentence in signatures.problems(text)]
+    known = signatures.fingerprints(text)
+    if not known and not problems:
+        problems.append(Problem(str(file), None, None, "there is nobody in it"))
+    keys = {key for found in known.values() for key in found}
+    most = policy.needed(policy.for_)
+    if most > len(keys) and not problems and "cert-authority" not in text:
+        message = f"{most} approvals are required, and {file} has {len(keys)} key{'' if len(keys) == 1 else 's'}"
+        problems.append(entry.problem(message, ("approval",)))
+    for number, name in enumerate(policy.break_glass):
+        if name not in known:
+            message = f"{name!r} is no principal of {file}"
+            problems.append(entry.problem(message, ("approval", "break_glass", number), value=True))
+    return text, problems
 
 
 def sources(directory: Path) -> dict[str, Path]:

@@ -7,6 +7,8 @@ ReconcilerError                1  error
 ├── ServerProblem              1  cannot connect, untested server, a statement failed
 │   └── MissingPrivilege       1
 ├── SandboxError               1  the embedded server
+├── MissingProgram             1  pg_dump, of no use or not there
+├── BackupFailed               1  no backup, so nothing was begun
 ├── Interrupted                1  Ctrl-C or a polite kill, before COMMIT
 ├── Violated                   3  an invariant is violated or could not be judged
 │   └── ProofFailed            3  nothing but proofs stands in the way
@@ -87,6 +89,14 @@ class MissingPrivilege(ServerProblem):
 
 class SandboxError(ReconcilerError):
     """The sandbox could not be started or loaded."""
+
+
+class MissingProgram(ReconcilerError):
+    """A program of PostgreSQL is missing, or too old for the server."""
+
+
+class BackupFailed(ReconcilerError):
+    """The backup could not be made, or cannot be trusted."""
 
 
 class Violated(ReconcilerError):

@@ -164,18 +164,20 @@ def _reasons(answer: Json) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def files(
+def files(  # noqa: PLR0913 - what a folder consists of
     found: Evidence,
     *,
     plan: bytes,
     approvals: Sequence[tuple[str, bytes]],
     entry: Entry | None,
     pages: Mapping[str, str],
+    rehearsal: bytes | None = None,
 ) -> dict[str, bytes]:
     """Every file of the folder by its name below it, SHA256SUMS last.
 
     plan, approvals: the files as they were given, byte for byte; the approvals with the name of the approver.
-    entry: the ledger entry that was committed, None when none was. pages: name of a page -> its text.
+    entry: the ledger entry that was committed, None when none was. pages: name of a page -> its text. rehearsal: the
+    report that was carried in, as it was given.
     """
     made = {DOCUMENT: serialize(found.dump())}
     made |= {name: text.encode() for name, text in pages.items()}
@@ -184,6 +186,8 @@ def files(
         # An approver's name is somebody else's text: it must not lead out of the folder.
         safe = re.sub(r"[^A-Za-z0-9@+-]+", "_", approver)[:60]
         made[f"approvals/{number}-{safe}.json"] = data
+    if rehearsal is not None:
+        made["rehearsal.json"] = rehearsal
     made["statements.sql"] = statements(found).encode()
     if entry is not None:
         made["ledger-entry.json"] = serialize(entry.dump())

@@ -44,6 +44,11 @@ class Last:
         return Policy.model_validate_json(canonical(self.entry.body["policy"])) if self.entry else None
 
     @property
+    def approvers(self) -> str:
+        """The installed list of approvers: the text of an allowed_signers file."""
+        return (self.entry.body.get("approvers") or "") if self.entry else ""
+
+    @property
     def installed(self) -> Mapping[str, Json] | None:
         """The last entry's body: policy, scope and manifest as installed; None when there is none."""
         return self.entry.body if self.entry else None
@@ -57,12 +62,27 @@ class Last:
     def findings(self) -> tuple[Finding, ...]:
         """Whether something of the ledger could not be seen."""
         if self.readable:
-            return ()
+            return self._broken_glass()
         message = (
             f"role {self.role} may not read the ledger, so what was last applied is not known:"
             f" GRANT USAGE ON SCHEMA reconciler TO {self.role}; GRANT SELECT ON reconciler.entry TO {self.role};"
         )
         return (Finding(code="ledger_not_readable", address="ledger.reconciler", message=message),)
+
+    def _broken_glass(self) -> tuple[Finding, ...]:
+        """An emergency is told until an apply that a normal quorum approved comes after it."""
+        if self.entry is None:
+            return ()
+        return tuple(
+            Finding(
+                code="break_glass",
+                address=f"ledger.{self.entry.name}",
+                message=f"entry {self.entry.number} of {self.entry.recorded_at} was applied by {yes['approver']} alone,"
+                f" breaking the glass: {yes['reason']}",
+            )
+            for yes in self.entry.body["approvals"]
+            if yes.get("break_glass")
+        )
 
 
 def last(conn: pg.Connection, name: str) -> Last:

@@ -140,12 +140,22 @@ class Scope(Model):
 
 
 class ApprovalPolicy(Model):
-    """Who must approve, and how. `expires` is a duration such as `24h`."""
+    """Who must approve, and how. `expires` is a duration such as `24h`.
+
+    for: a higher number for plans with these hazards. approvers: the file, in OpenSSH's allowed_signers format, that
+    says who may. break_glass: principals of it whose one approval is enough in an emergency, loudly.
+    """
 
     required: int = Field(default=1, ge=1)
+    for_: dict[Hazard, int] = Field(default={}, alias="for")
     signed: bool = True
     expires: Duration = "24h"
     approvers: str | None = None
+    break_glass: tuple[str, ...] = ()
+
+    def needed(self, hazards: Collection[str]) -> int:
+        """How many approvals a plan with these hazards takes."""
+        return max([self.required, *(number for hazard, number in self.for_.items() if hazard in hazards)])
 
 
 class ApplyPolicy(Model):
@@ -238,6 +248,8 @@ class Desired:
     ledger: str | None
     """Hash of the ledger's first entry, when the files name it."""
     policy: Policy
+    approvers: str
+    """Who may approve, as the files say it: the text of an allowed_signers file; empty when they name none."""
     scope: Scope
     stores: Mapping[str, GateStore]
     items: Mapping[Address, Declared]
@@ -261,7 +273,7 @@ class Target(Model):
 class Finding(Model):
     """Something a person should know that is no change: an undeclared object, a stale marker, a retired name in use."""
 
-    code: Literal["ledger_not_readable", "marker_differs", "mentioned", "stale_heartbeat", "undeclared"]
+    code: Literal["break_glass", "ledger_not_readable", "marker_differs", "mentioned", "stale_heartbeat", "undeclared"]
     address: Address
     message: str
 
@@ -304,6 +316,8 @@ class Asked:
     """Inside: what the apply changed."""
     attested: Collection[str] = ()
     """Inside: the names that approvers signed for."""
+    rehearsed: Mapping[Address, Verdict] = field(default_factory=dict[str, "Verdict"])
+    """Inside: what a rehearsal found of the proofs that no apply plays."""
 
 
 @dataclass(frozen=True)
@@ -465,6 +479,13 @@ class Plan(Model):
     effects_digest: str
     effect_digest: str
     desired: JsonObject
+    author: str | None = None
+    """Who made it, by `author_signature` over `statement`; None: nobody said."""
+    author_signature: str | None = None
+
+    def statement(self) -> bytes:
+        """What an author signs."""
+        return canonical({"author": self.author, "created_at": self.created_at, "effect_digest": self.effect_digest})
 
     @property
     def hazards(self) -> tuple[Hazard, ...]:
@@ -504,7 +525,10 @@ class Plan(Model):
 
 
 class Approval(Model):
-    """A person's yes to exactly the effects with this digest. `signature` is None for an unsigned one."""
+    """A person's yes to exactly the effects with this digest.
+
+    signature: SSHSIG over `statement`; None for an unsigned one. break_glass: alone, in an emergency.
+    """
 
     format_version: str = FORMAT_VERSION
     id: str
@@ -517,7 +541,12 @@ class Approval(Model):
     attestations: tuple[str, ...] = ()
     issued_at: Moment
     expires_at: Moment
+    break_glass: bool = False
     signature: str | None = None
+
+    def statement(self) -> bytes:
+        """What is signed: canonical JSON of everything but the signature."""
+        return canonical({key: value for key, value in self.dump().items() if key != "signature"})
 
 
 class Governed(Model):
@@ -540,6 +569,8 @@ class Body(Model):
     plan: JsonObject
     approvals: tuple[Approval, ...]
     policy: Policy
+    approvers: str = ""
+    """The installed list: the text of an allowed_signers file."""
     scope: JsonObject
     manifest: dict[Address, Governed]
     checks: tuple[Verdict, ...]
@@ -585,6 +616,7 @@ class Yes(Model):
     issued_at: Moment
     expires_at: Moment
     signed: bool
+    break_glass: bool = False
 
 
 class Failure(Model):
@@ -593,6 +625,29 @@ class Failure(Model):
     message: str
     details: tuple[str, ...] = ()
     hint: str = ""
+
+
+class Rehearsal(Model):
+    """Where proofs were rehearsed, and for which effects on which schema: what their result is bound to."""
+
+    effect_digest: str
+    """The plan's: its effects and checks, on this target."""
+    schema_digest: str
+    """Of the target's schema, which was copied."""
+    server_version: str
+    """Of the scratch server."""
+    rehearsed_at: Moment
+
+
+class ProofReport(Model):
+    """What every proof came to, on the target or (`rehearsal`) on a scratch database."""
+
+    format_version: str = FORMAT_VERSION
+    outcome: str
+    target: Target
+    seconds: float
+    proofs: tuple[Verdict, ...]
+    rehearsal: Rehearsal | None = None
 
 
 OUTCOME_VERSION = "1.1"

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import re
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, LiteralString
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, LiteralString, TypeVar
 
 import psycopg
-from psycopg import sql
+from psycopg import sql, waiting
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
 from reconciler.errors import Locked, MissingPrivilege, ReconcilerError, ServerProblem, Stale
 from reconciler.model import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
+    from psycopg.abc import PQGen
     from psycopg.abc import QueryNoTemplate as Query
 
-Connection = psycopg.Connection[dict[str, Any]]
+T = TypeVar("T")
 
 OLDEST_MAJOR = 14
 NEWEST_TESTED_MAJOR = 18
@@ -41,6 +46,114 @@ SESSION: tuple[LiteralString, ...] = (
 )
 
 
+CONNECTING = 10
+"""Seconds for a server to let us in."""
+
+NETWORK: dict[str, Any] = {
+    "connect_timeout": CONNECTING,
+    # A peer that is gone without a word, on an idle connection and on one with something under way: 25 s.
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+"""Options of every connection, ours and those of PostgreSQL's own programs."""
+
+GRACE = 2.0
+"""Seconds for a server to take a request to cancel, and as many to say that it stopped."""
+
+LOOKS = 0.1
+"""Seconds between two looks whether a wait for the server is over, and whether somebody pressed Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """When to stop waiting for the server (`time.monotonic()`), and the error that it then is.
+
+    kindly: ask the server to stop first, so that the transaction can be rolled back on the same connection.
+    """
+
+    until: float
+    error: Callable[[], Exception]
+    kindly: bool = True
+
+
+class _Over(Exception):
+    """A wait went on for too long."""
+
+
+class Connection(psycopg.Connection[dict[str, Any]]):
+    """A connection that need not wait for ever: a server, or a network, that says nothing is left alone in time.
+
+    What the server counts (statement_timeout ...) ends nothing when it is the server that hangs.
+    """
+
+    limit: Limit | None = None
+    patience: float = math.inf
+    """Seconds that one answer may take."""
+
+    def wait(self, gen: PQGen[T], interval: float = LOOKS, timeout: float | None = None) -> T:
+        """What psycopg calls for every message: send, and receive until the answer is whole. Raises the limit's error.
+
+        When the limit is over, and after Ctrl-C, the server is asked to stop. When it does not say within GRACE that it
+        did, the connection is closed, and the server rolls back once it notices.
+        """
+        if timeout is not None:  # only for notifications
+            return super().wait(gen, interval, timeout)
+        limit = self._soonest()
+        if time.monotonic() >= limit.until:
+            gen.close()
+            raise limit.error()
+        try:
+            return waiting.wait(_until(gen, limit.until), self.pgconn.socket, interval)
+        except KeyboardInterrupt:
+            # What was sent must not go on without us.
+            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                with suppress(_Over, psycopg.Error):
+                    self._stopped(gen, kindly=limit.kindly)
+                if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                    self.close()
+            raise
+        except _Over:
+            try:
+                return self._stopped(gen, kindly=limit.kindly)  # it was done after all
+            except (_Over, psycopg.Error):
+                raise limit.error() from None
+
+    def _soonest(self) -> Limit:
+        until = time.monotonic() + self.patience
+        if self.limit is not None and self.limit.until <= until:
+            return self.limit
+        return Limit(until, lambda: psycopg.OperationalError(f"no answer within {self.patience:.0f} s"))
+
+    def _stopped(self, gen: PQGen[T], *, kindly: bool) -> T:
+        """Ask the server to stop what it does, and hear how it ended. Raises its error; _Over when it says nothing."""
+        try:
+            if kindly:
+                with suppress(psycopg.Error):
+                    self.cancel_safe(timeout=GRACE)
+            return waiting.wait(_until(gen, time.monotonic() + GRACE), self.pgconn.socket, LOOKS)
+        except psycopg.Error:
+            raise
+        except BaseException:  # silent, or interrupted again
+            self.close()
+            raise
+
+
+def _until(gen: PQGen[T], end: float) -> PQGen[T]:
+    """The same conversation with the server; raises _Over at its first pause after the end."""
+    answer: Any = None
+    while True:
+        try:
+            wanted = gen.send(answer)
+        except StopIteration as done:
+            return done.value
+        answer = yield wanted
+        if time.monotonic() >= end:
+            raise _Over
+
+
 def connect(dsn: str | None, command: str) -> Connection:
     """Open a connection in autocommit mode; rows are dictionaries.
 
@@ -54,7 +167,7 @@ def connect(dsn: str | None, command: str) -> Connection:
             "The connection string cannot be read: it has two @ before the host.", hint="Write %40 for @ in a password."
         )
     try:
-        return psycopg.Connection[dict[str, Any]].connect(
+        return Connection.connect(
             dsn or "",
             autocommit=True,
             # Prepared statements kept on the server would be one more thing that outlives a rolled-back transaction.
@@ -62,11 +175,7 @@ def connect(dsn: str | None, command: str) -> Connection:
             row_factory=dict_row,
             application_name=f"reconciler {command}",
             client_encoding="UTF8",
-            connect_timeout=10,
-            keepalives=1,
-            keepalives_idle=10,
-            keepalives_interval=5,
-            keepalives_count=3,
+            **NETWORK,
         )
     except psycopg.ProgrammingError as error:
         raise ServerProblem(
@@ -105,35 +214,61 @@ def _connection_message(error: psycopg.Error) -> str:
 @contextmanager
 def snapshot(conn: Connection, statement_timeout_ms: int = 60_000) -> Generator[Connection]:
     """One REPEATABLE READ READ ONLY transaction, always rolled back (DESIGN rule 3)."""
-    run(conn, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+    before, conn.patience = conn.patience, statement_timeout_ms / 1000 + GRACE
     try:
-        settings(conn, statement_timeout_ms)
-        yield conn
+        run(conn, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        try:
+            settings(conn, statement_timeout_ms)
+            yield conn
+        finally:
+            if not conn.closed and not conn.broken:
+                run(conn, "ROLLBACK")
     finally:
-        if not conn.closed and not conn.broken:
-            run(conn, "ROLLBACK")
+        conn.patience = before
+
+
+@contextmanager
+def within(conn: Connection, limit: Limit) -> Generator[None]:
+    """While the block runs, no wait for the server goes on beyond the limit."""
+    before, conn.limit = conn.limit, limit
+    try:
+        yield
+    finally:
+        conn.limit = before
+
+
+def lost(seconds: float) -> Limit:
+    """The limit after which a server that said nothing counts as lost; it is not asked to stop."""
+    error = psycopg.OperationalError("the server did not answer in time")
+    return Limit(time.monotonic() + seconds, lambda: error, kindly=False)
 
 
 def roll_back(conn: Connection) -> None:
-    """End the transaction, whatever became of it."""
+    """End the transaction, whatever became of it and however late it is."""
     if conn.closed or conn.broken:
         return
     try:
-        conn.execute("ROLLBACK")
+        with within(conn, lost(GRACE)):
+            conn.execute("ROLLBACK")
     except psycopg.Error:
         conn.close()  # the server rolls back what a closed connection leaves
 
 
 def settings(conn: Connection, statement_timeout_ms: int) -> None:
     """Set, for this transaction, everything that a digest or a name look-up could depend on."""
-    for statement in SESSION:
-        run(conn, statement)
+    run(conn, "; ".join(SESSION))  # one message: an apply says all of it four times
     timeout(conn, statement_timeout_ms)
 
 
 def timeout(conn: Connection, milliseconds: int) -> None:
     """Set statement_timeout for the rest of the transaction (again, because a declared query may have run before)."""
     run(conn, sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(milliseconds)))
+
+
+def end_by(conn: Connection, milliseconds: int) -> None:
+    """Have the server end this transaction after so long in all, where it can count that (PostgreSQL 17 and later)."""
+    if conn.info.server_version >= 170_000:
+        run(conn, sql.SQL("SET LOCAL transaction_timeout = {}").format(sql.Literal(milliseconds)))
 
 
 def run(conn: Connection, statement: Query, doing: str = "") -> None:

@@ -9,20 +9,10 @@ from psycopg import sql
 
 from reconciler import ledger, live, pg
 from reconciler.checks.proof import CHECK
-from reconciler.model import FORMAT_VERSION, Asked, Model, Target, Verdict, blocking, milliseconds
+from reconciler.model import Asked, ProofReport, Rehearsal, Target, Verdict, blocking, milliseconds
 
 if TYPE_CHECKING:
     from reconciler.model import Desired
-
-
-class ProofReport(Model):
-    """What every proof came to."""
-
-    format_version: str = FORMAT_VERSION
-    outcome: str
-    target: Target
-    seconds: float
-    proofs: tuple[Verdict, ...]
 
 
 def prove(dsn: str | None, desired: Desired, *, allow_untested: bool = False) -> ProofReport:
@@ -48,13 +38,16 @@ def prove(dsn: str | None, desired: Desired, *, allow_untested: bool = False) ->
     return report(target, verdicts, time.monotonic() - started)
 
 
-def report(target: Target, verdicts: tuple[Verdict, ...], seconds: float) -> ProofReport:
+def report(
+    target: Target, verdicts: tuple[Verdict, ...], seconds: float, rehearsal: Rehearsal | None = None
+) -> ProofReport:
     """The verdicts with the word that sums them up."""
     return ProofReport(
         outcome="proof_failed" if blocking(verdicts) else "no_changes",
         target=target,
         seconds=round(seconds, 3),
         proofs=verdicts,
+        rehearsal=rehearsal,
     )
 
 

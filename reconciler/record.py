@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from reconciler import __version__
 from reconciler.errors import Interrupted, OutcomeUnknown
-from reconciler.model import Approval, Entry, Executed, Failure, Outcome, Plan, Stage, Verdict, Yes
+from reconciler.model import Approval, Entry, Executed, Failure, Outcome, Plan, ProofReport, Stage, Verdict, Yes
 from reconciler.plan import of_kind, summarize
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What an operator asks for. `target`: the -t option, None when not given."""
+    """What an operator asks for. `target`: the -t option; `rehearsal`: a report to carry in; None when not given."""
 
     dsn: str | None
     plan: Plan
@@ -37,6 +37,7 @@ class Request:
     target: str | None = None
     initialize: bool = False
     allow_untested: bool = False
+    rehearsal: ProofReport | None = None
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     settle_by: str = "reconciler settle EVIDENCE"
     """What to type when the answer to COMMIT was lost and nobody could be asked."""
@@ -46,7 +47,7 @@ class Record:
     """What an apply has done so far, kept beside it: a failed one must be told as well as a finished one.
 
     `begun` when BEGIN was about to be sent, `committing` from COMMIT until its end is known, `committed` when the
-    server said so. `remark`: how that became known, when not by the answer to COMMIT.
+    server said so. `remark`: how that became known, when not by the answer to COMMIT. `doing`: the step it is at.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -55,6 +56,7 @@ class Record:
         self.committing = False
         self.committed = False
         self.remark = ""
+        self.doing = ""
         self.started_at: str | None = None
         self.finished_at: str | None = None
         self.transaction_id: str | None = None
@@ -70,6 +72,7 @@ class Record:
         """A step begins, and the one before it is over."""
         if not self._stages or self._stages[-1][0] != stage:
             self._stages.append((stage, time.monotonic()))
+        self.doing = f"{stage}: {detail}" if detail else stage
         self._progress(stage, detail, number, of)
 
     def end(self) -> None:
@@ -152,4 +155,5 @@ def _yes(approval: Approval) -> Yes:
         issued_at=approval.issued_at,
         expires_at=approval.expires_at,
         signed=approval.signature is not None,
+        break_glass=approval.break_glass,
     )

@@ -97,6 +97,7 @@ def declarations(undo: Undo, like: Desired) -> Desired:
         like,
         release=f"revert of {undo.name}",
         policy=Policy.model_validate_json(canonical(_three_way(undo, "policy"))),
+        approvers=str(undo.now.get("approvers") or ""),
         scope=Scope.model_validate_json(canonical(scope["scope"])),
         stores={name: GateStore.model_validate_json(canonical(store)) for name, store in scope["stores"].items()},
         items=items,

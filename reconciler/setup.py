@@ -36,7 +36,9 @@ def statements(change: Change) -> tuple[Statement, ...]:
 
 
 def hazards(change: Change) -> tuple[Hazard, ...]:
-    """Whatever replaces something that is installed changes the policy."""
+    """Whatever replaces something that is installed changes the policy, or who may approve."""
+    if change.kind == "approvers":
+        return ("changes_approvers",) if change.before is not None else ()
     return ("changes_policy",) if change.before is not None else ()
 
 
@@ -54,6 +56,10 @@ def changes(
         (f"policy.{desired.name}", "policy", before.get("policy"), desired.policy.dump()),
         (f"scope.{desired.name}", "scope", before.get("scope"), scope(desired)),
     ]
+    listed = before.get("approvers") or ""
+    if listed or desired.approvers:
+        old = {"allowed_signers": listed} if listed else None
+        parts.append((f"approvers.{desired.name}", "approvers", old, {"allowed_signers": desired.approvers}))
     manifest: Mapping[str, Json] = before.get("manifest", {})
     for address, item in desired.items.items():
         if address in manifest:

@@ -1,8 +1,9 @@
 """What transition checks ask: did this backend write to a relation during the apply? Locks are the answer (DESIGN 4).
 
 The strongest lock that our own backend holds is exact for everything it did itself, triggers and SECURITY DEFINER
-functions included; it cannot see what another backend (dblink, a foreign server) did on our behalf. Catalogs are the
-exception: PostgreSQL gives their locks back at once, so of them only the counters tell.
+functions included. Catalogs are the exception: PostgreSQL gives their locks back at once, so of them only the counters
+tell. It cannot see what another backend did on our behalf; so calls of functions with connections of their own (dblink)
+are counted, where the role may have them counted, and a call is as good as a write to anything.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from reconciler.allowlist import CATALOG, check_query
 from reconciler.parts import relation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from reconciler.model import Json
     from reconciler.pg import Connection
 
 READING = {"AccessShareLock", "RowShareLock"}
 """Held by SELECT, and by SELECT FOR UPDATE and foreign-key checks, which change no data."""
+
+OUTSIDE = ("adminpack", "dblink", "http", "pg_background")
+"""Libraries whose functions work outside of the transaction: over connections of their own, or on the server's files.
+
+Of others nobody can know it; what is written in an untrusted language (plpython3u ...) can do the same.
+"""
 
 
 class Own(NamedTuple):
@@ -71,13 +78,13 @@ def family(conn: Connection, names: Sequence[str]) -> dict[str, Json]:
             missing.append(name)
         for row in rows:
             found[row["oid"]] = [row[field] for field in _Part._fields]
-    return {"names": list(names), "found": found, "missing": missing}
+    return {"names": list(names), "found": found, "missing": missing, "calls": calls(conn)}
 
 
 def touched(conn: Connection, remembered: Json) -> list[str]:
     """What this backend did to a family beyond reading since it was remembered, a sentence each; empty when nothing."""
     parts = _since(conn, remembered)
-    return sorted({*_hard(conn, parts), *_opened(conn, parts)})
+    return sorted({*_hard(conn, parts), *_opened(conn, parts), *called(conn, remembered["calls"])})
 
 
 def watch(conn: Connection, query: str) -> dict[str, Json]:
@@ -97,17 +104,17 @@ def watch(conn: Connection, query: str) -> dict[str, Json]:
     elif foreign := [name for name, kind in kinds.items() if kind == "f"]:
         unknown = f"{foreign[0]} is a foreign table"
     else:
-        unknown = _uncounted(conn)
+        unknown = _rows_uncounted(conn)
     return {**reads, "unknown": unknown and f"nobody can tell who did it, because {unknown}"}
 
 
 def own(conn: Connection, watched: Json) -> Own:
     """What this backend did, since `watch`, to what the query reads."""
-    unknown: str = watched["unknown"] or _uncounted(conn)
+    unknown: str = watched["unknown"] or _rows_uncounted(conn)
     if unknown:
         return Own(unknown=unknown)
     parts = _since(conn, watched)
-    if hard := sorted(set(_hard(conn, parts))):
+    if hard := sorted({*_hard(conn, parts), *called(conn, watched["calls"])}):
         return Own(unknown="; ".join(hard))
     rows = [part for part in parts.values() if part.kind != "t"]
     return Own(
@@ -118,13 +125,57 @@ def own(conn: Connection, watched: Json) -> Own:
     )
 
 
+def track(conn: Connection) -> None:
+    """From here to the end of the transaction have calls of functions counted, where the role may ask for it.
+
+    At the beginning, because PL/pgSQL decides once in a transaction whether a simple expression is counted.
+    """
+    row = _tracking(conn)
+    if row["may"] and not row["tracked"]:
+        pg.run(conn, "SET LOCAL track_functions = 'all'")
+
+
+def calls(conn: Connection) -> dict[str, int | None]:
+    """How often this session called each function of OUTSIDE, by identity. None: never; 0: it never came back."""
+    rows = pg.rows(conn, _CALLS, {"libraries": list(OUTSIDE)}, doing="counting calls of functions")
+    return {row["name"]: row["calls"] for row in rows}
+
+
+def called(conn: Connection, before: Mapping[str, int | None]) -> list[str]:
+    """Which functions of OUTSIDE were called since, a sentence each. Only what `track` has counted is seen."""
+    return [
+        f"{name} was called, which no rollback reaches"
+        for name, number in calls(conn).items()
+        if number != before.get(name)
+    ]
+
+
+def uncounted(conn: Connection) -> tuple[str, str] | None:
+    """(missing, sentence) when there are functions of OUTSIDE and this role may not have their calls counted."""
+    there = calls(conn)
+    if not there or _tracking(conn)["tracked"]:
+        return None
+    name, more = next(iter(there)), f" and {len(there) - 1} more" if len(there) > 1 else ""
+    grant = "GRANT SET ON PARAMETER track_functions TO it" if conn.info.server_version >= 150_000 else ""
+    missing = "SET on parameter track_functions"
+    return missing, (
+        f"this database has {name}{more}, which no rollback reaches, and this role may not have calls counted:"
+        f" {grant or 'let a superuser say ALTER ROLE ... SET track_functions = all'}"
+    )
+
+
+def _tracking(conn: Connection) -> dict[str, Any]:
+    query = _TRACKING if conn.info.server_version >= 150_000 else _TRACKING_14
+    return pg.rows(conn, query, doing="looking whether calls are counted")[0]
+
+
 def locks(conn: Connection) -> set[tuple[Any, ...]]:
     """Every lock on a relation that this backend holds, and every advisory lock, to compare before and after."""
     rows = pg.rows(conn, _OWN, doing="reading our own locks")
     return {tuple(row.values()) for row in rows}
 
 
-def _uncounted(conn: Connection) -> str:
+def _rows_uncounted(conn: Connection) -> str:
     row = pg.rows(conn, "SELECT pg_catalog.current_setting('track_counts')::pg_catalog.bool AS counts")[0]
     return "" if row["counts"] else "track_counts is off"
 
@@ -184,6 +235,25 @@ SELECT l.relation::pg_catalog.text AS oid, l.mode
  WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND l.granted
    AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
    AND l.relation = ANY (%s::pg_catalog.oid[])
+"""
+
+_CALLS = """
+SELECT p.oid::pg_catalog.regprocedure::pg_catalog.text AS name,
+       pg_catalog.pg_stat_get_xact_function_calls(p.oid) AS calls
+  FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang
+ WHERE l.lanname = 'c'
+   AND pg_catalog.substring(p.probin, '([^/]+?)(?:[.]so)?$') = ANY (%(libraries)s::pg_catalog.text[])
+ ORDER BY 1
+"""
+
+_TRACKING = """
+SELECT pg_catalog.current_setting('track_functions') = 'all' AS tracked,
+       pg_catalog.has_parameter_privilege('track_functions', 'SET') AS may
+"""
+
+_TRACKING_14 = """
+SELECT pg_catalog.current_setting('track_functions') = 'all' AS tracked, r.rolsuper AS may
+  FROM pg_catalog.pg_roles r WHERE r.rolname = current_user
 """
 
 _OWN = """

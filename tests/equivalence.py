@@ -1,570 +1,30 @@
-"""Beside the tests: does a changed routine of Điều 45 still do the same? A thousand calls of the original and of the mutant.
+"""Beside the tests: does a changed routine of Điều 45 still do what it did? It and its original play the same scenes.
 
-An input is a state of the tables that the routines read and write, a clock, and one call with its arguments. Clock and
-chance are inputs too: inside a schema of its own stand a `clock_timestamp()`, a `now()` and a `gen_random_uuid()` that
-do as the input says, and both routines find them first on their search_path. So an outcome (answer or error, and every
-row of every table afterwards) is compared byte by byte, a time can equal the clock to the microsecond, and the same
-input has the same outcome however often it is played.
+Clock and chance belong to a scene: in a schema of its own stand a `clock_timestamp()`, a `now()` and a
+`gen_random_uuid()` that do as the scene says, and both routines find them first on their search_path. So an outcome
+(answer or error, and every row of every table afterwards) is compared byte by byte, a time can equal the clock to the
+microsecond, and a scene has the same outcome however often it is played. To a scene belong also the planner's ways,
+because an order that nobody asked for changes with them, and a rival session that ends jobs between two statements.
 
-What only a second session can see, as a lock left out, is no matter for this.
+What needs two sessions that wait for each other, as a lock left out, cannot be seen here.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
 from psycopg import sql
 
-from reconciler.sql import split_identity
-from tests.integration.phase2 import CALLER, DRY_RUN_ONLY, HEARTBEAT, REAPER, REPLAY, SUBSTRATE
+from tests.scenes import CHUNK, TABLES, Scene, scenes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from reconciler.mutants import Mutant
-
-INPUTS = 1000
-"""How many inputs a mutant must survive before it is called equivalent."""
-
-SEED = 45
-
-TABLES = ("dot_config", "job_queue", "job_dead_letter", "queue_heartbeat")
-"""What the routines read and write; the inputs fill these. Afterwards every table of the schema is compared."""
-
-# ------------------------------------------------------------------------------------------------------------ an input
-
-
-class Call(NamedTuple):
-    """One statement that calls the routine, and the role that sends it."""
-
-    role: str
-    statement: str
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A state of the tables, and calls that are each made on just this state.
-
-    clock: the first reading of the clock in a call. tick: how far it goes on between two readings. began: what now()
-    says, some time before. tables: complete rows.
-    """
-
-    number: int
-    clock: str
-    tick: str
-    began: str
-    tables: Mapping[str, Sequence[Mapping[str, Any]]]
-    calls: tuple[Call, ...]
-
-    def asked(self, *, whole: bool) -> str:
-        """What the server is sent; `whole`: it returns rows and not only their digest."""
-        calls = [call._asdict() for call in self.calls]
-        times = {"clock": self.clock, "tick": self.tick, "began": self.began}
-        return json.dumps({"whole": whole, "calls": calls, **times, **self.tables})
-
-    def short(self, call: Call) -> str:
-        """The input in one line: the call, the clock, the gates, and the rows that the call names."""
-        gates = {row["key"].removeprefix("queue."): row["value"] for row in self.tables["dot_config"]}
-        rows = [
-            {name: value for name, value in row.items() if value is not None and name not in _DULL}
-            for table in TABLES[1:]
-            for row in self.tables[table]
-            if any(str(value) in call.statement for name, value in row.items() if name in _NAMES)
-        ]
-        held = ", ".join(f"{len(self.tables[table])} {table}" for table in TABLES[1:])
-        return (
-            f"scene {self.number}: {call.statement} at {self.clock} (began {self.began}, tick {self.tick}) with {gates};"
-            f" {held}; {json.dumps(rows, ensure_ascii=False)}"
-        )
-
-
-_NAMES = ("job_id", "dead_letter_id", "executor_name")
-_DULL = ("created_at", "updated_at", "payload_json", "metadata", "source_ref", "target_ref", "payload_ref")
-
-
-def scenes(routine: str, inputs: int = INPUTS, *, seed: int = SEED, ties: bool = True) -> list[Scene]:
-    """Scenes with so many different inputs for a routine, always the same ones for the same seed.
-
-    ties: may a time equal the clock, or the clock less a threshold in whole seconds, to the microsecond?
-    """
-    _, name, _ = split_identity(routine)
-    rng = random.Random(f"{seed} {name}")
-    found: list[Scene] = []
-    left = inputs
-    for number in count():
-        world = _World(rng, _MIXES.get(name, _Mix()), number, ties)
-        calls: list[Call] = []
-        for _ in range(20):
-            call = world.call(name)
-            if call not in calls:
-                calls.append(call)
-            if len(calls) == min(CALLS, left):
-                break
-        found.append(world.scene(tuple(calls)))
-        left -= len(calls)
-        if not left:
-            return found
-    raise AssertionError(number)
-
-
-CALLS = 5
-"""How many calls are made on one state."""
-
-# ---------------------------------------------------------------------------------------------------- where they come from
-
-STATES = (
-    "queued", "leased", "in_progress", "retry_waiting", "succeeded", "failed", "dead_letter", "cancelled", "cleaned"
-)  # fmt: skip
-ACTIVE = frozenset(STATES[:4])
-KINDS = ("DOT", "Agent", "Hermes", "Codex", "PG_worker", "external_worker", "future_Kestra_adapter")
-TRIAGE = ("pending", "acknowledged", "manual_replay", "escalated", "closed")
-REASONS = ("max_attempts", "non_retryable", "lease_expired_max_attempts")
-
-OPEN = ("true", "true", "true", "TRUE", "True", " true", "true ", "  tRuE  ")
-SHUT = ("false", "", " ", "garbage", "on", "y", "yes", "t", "1", "truex", "xtrue", "true\n", "\ttrue", "truе")  # noqa: RUF001
-LIFTED = ("false",)
-KEPT = ("true", "TRUE", "FALSE", " false", "false ", "falsex", "", "garbage", "off", "n", "f", "0")
-"""Spellings that open a gate, that leave it shut, that lift `dry_run_only`, and that do not."""
-
-NUMBERS = ("1", "2", "7", "10", "60", "300", "301", "3599", "3600", "3601", "999999999")
-ODD_NUMBERS = (" 7", "9 ", "  60  ", "0", "-5", "abc", "", "7.5", "007", "7x", "1e3", "1000000000", "٧", "60\n", "x60")
-"""Numbers as they may stand in the configuration, read as the default for the most part."""
-
-SECONDS = (0, 0, 1, 2, 9, 10, 11, 59, 60, 61, 299, 300, 301, 3599, 3600, 3601, 86_400, 1_300_000_000)
-"""How far a time may be from the clock."""
-
-ATTEMPTS = (
-    *[(0, 5), (0, 5), (1, 5), (2, 5), (3, 5), (3, 5), (4, 5), (4, 5), (5, 5), (7, 5), (0, 1), (0, 2), (1, 2)],
-    *[(5, 12), (8, 12), (9, 12), (10, 12), (11, 13), (12, 14), (18, 40), (19, 40), (20, 40), (21, 40), (22, 40)],
-    *[(1023, 5000), (1024, 5000), (1025, 5000), (2_147_483_645, 2_147_483_647), (2_147_483_647, 5)],
-)
-"""attempts and max_attempts. From 1,025 attempts on a power of two is beyond double precision."""
-
-OWNERS = ("w1", "w2", "W1", "w1 ", "", " ", "wörker")
-JOB_KINDS = ("mail.send", "mail.read", "Mail.send", " ")
-PEOPLE = ("operator", "tester", " t ", "ü")
-REFERENCES = (None, None, "ref:1", "ref:2", "")
-TEXTS = (None, "", "boom", "boom ' \\ % $1 ü", "x" * 300)
-PAYLOADS = (
-    "{}", "{}", '{"ref": 1}', '{"ref": {"bodyx": 1, "ids": [1, {"a": null}]}}', '{"bodies": ["body", "secret"]}',
-    '{"tokens": "token"}', '{"": 1}'
-)  # fmt: skip
-DENIED = (
-    '{"body": 1}', '{"a": {"vector": [1]}}', '{"a": [[{" Token ": 1}]]}', '{"RAW": {"raw": 1}, "x": {"raw": 2}}',
-    '{"ssn": 1, "password": {"embedding": 2}, "z": [{"ssn": 3}]}', '{"Content": 1, "content": 2}',
-    '{"personal_data": 1}', '{"secret": {"Secret": {"SECRET": 1}}}', '{"embedding": 1}',
-)  # fmt: skip
-NO_OBJECTS = ("[]", "1", '"body"', "null", '[{"body": 1}]', "true", None)
-METADATA = ('{"host": "a"}', '{"host": "b", "v": 2}', '{"marker": "mine"}', "{}", "[]", "[1]", "1", "null", '"x"', None)
-HELD_METADATA = ({}, {"host": "z"}, {"marker": "legacy_silent_passive", "v": 1}, {"host": "a"}, ["list"])
-
-
-@dataclass(frozen=True)
-class _Mix:
-    """What the states for a routine hold mostly, so that most of its calls come through.
-
-    jobs: states that most jobs have. future: the share of leases that still run. sure: how many jobs are leased at
-    least. many: are there states with a hundred stale leases?
-    """
-
-    jobs: tuple[str, ...] = STATES
-    future: float = 0.5
-    sure: int = 0
-    many: bool = False
-
-
-_LEASED = ("leased", "in_progress")
-_MIXES = {
-    "fn_job_claim": _Mix(jobs=("queued", "retry_waiting")),
-    "fn_job_ack": _Mix(jobs=_LEASED, sure=2),
-    "fn_job_fail": _Mix(jobs=_LEASED, sure=2),
-    "fn_job_extend_lease": _Mix(jobs=_LEASED, sure=3, future=0.93),
-    "fn_job_reap_stale_leases_dry_run": _Mix(jobs=_LEASED, future=0.2, many=True),
-    "fn_job_reap_stale_leases_apply": _Mix(jobs=_LEASED, future=0.2, many=True),
-    "fn_job_queue_updated_at": _Mix(sure=1),
-}
-
-
-@dataclass
-class _World:
-    """One state in the making."""
-
-    rng: random.Random
-    mix: _Mix
-    number: int
-    ties: bool
-    clock: datetime = field(init=False)
-    past: list[str] = field(init=False)
-    future: list[str] = field(init=False)
-    jobs: list[dict[str, Any]] = field(init=False)
-    letters: list[dict[str, Any]] = field(init=False)
-    executors: list[dict[str, Any]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        rng = self.rng
-        self.clock = datetime(2026, 5, 26, 4, 0, tzinfo=UTC) + timedelta(
-            days=rng.randrange(-400, 400), microseconds=rng.choice((0, 1, 499_999, 500_000, rng.randrange(10**11)))
-        )
-        # Few different moments, so that many rows have the same one.
-        self.past = [self._moment(-1) for _ in range(rng.choice((1, 3, 5)))]
-        self.future = [self._moment(1) for _ in range(rng.choice((1, 3)))]
-        if rng.random() < 0.04:
-            self.past.append("-infinity")
-            self.future.append("infinity")
-        self.jobs = self._jobs()
-        self.letters = self._letters()
-        names = rng.sample(("w1", "w2", "W1", " w1", "wörker", "hermes"), rng.choice((0, 1, 2, 4, 6)))
-        self.executors = [self._executor(name) for name in names]
-
-    def _moment(self, sign: int) -> str:
-        """A time in the past or future. A whole number of seconds from the clock is a tie with some threshold."""
-        beside = (0, 0, 1, -1, 500_000) if self.ties else (1, -1, 250_001, 500_001, 999_999)
-        distance = timedelta(seconds=self.rng.choice(SECONDS), microseconds=self.rng.choice(beside))
-        return (self.clock + sign * distance).isoformat()
-
-    def any_time(self, future: float = 0.5) -> str:
-        return self.rng.choice(self.future if self.rng.random() < future else self.past)
-
-    def uuid(self) -> str:
-        return str(UUID(int=self.rng.getrandbits(128), version=4))
-
-    def often(self, share: float = 0.95) -> bool:
-        return self.rng.random() < share
-
-    # The tables
-
-    def _gates(self) -> list[dict[str, Any]]:
-        values: dict[str, str | None] = {
-            key: self.rng.choice(OPEN) if self.often() else self.rng.choice((*SHUT, None))
-            for key in (SUBSTRATE, HEARTBEAT, REAPER)
-        }
-        values[DRY_RUN_ONLY] = self.rng.choice(LIFTED if self.often() else (*KEPT, None))
-        values[REPLAY] = self.rng.choice(OPEN if self.often(0.6) else (*SHUT, None))
-        for key in ("lease.duration_sec", "heartbeat.stale_threshold_seconds", "retry.backoff_base_sec"):
-            values[f"queue.{key}"] = self.rng.choice(NUMBERS if self.often(0.5) else (*ODD_NUMBERS, None))
-        values["queue.retry.max_attempts_default"] = self.rng.choice(
-            NUMBERS if self.often(0.5) else (*ODD_NUMBERS, None)
-        )
-        values |= {"queue.notify.enabled": "false", "queue.worker.enabled": "false"}
-        values["queue.runtime.phase"] = "phase2_governance"
-        rows = [
-            {"key": key, "value": value, "description": None, "updated_at": "2026-05-25T20:14:07.318402+00:00"}
-            for key, value in values.items()
-            if value is not None
-        ]
-        self.rng.shuffle(rows)
-        return rows
-
-    def _jobs(self) -> list[dict[str, Any]]:
-        rng, mix = self.rng, self.mix
-        states = [rng.choice(mix.jobs if self.often(0.75) else STATES) for _ in range(rng.choice((0, 1, 2, 3, 5, 8)))]
-        states += [rng.choice(_LEASED) for _ in range(mix.sure)]
-        if mix.many and self.number % 20 == 19:
-            states += [rng.choice(_LEASED) for _ in range(rng.choice((99, 100, 101, 102)))]
-        taken: set[str] = set()
-        return [self._job(state, taken) for state in states]
-
-    def _job(self, state: str, taken: set[str]) -> dict[str, Any]:
-        rng = self.rng
-        key = f"key {rng.randrange(6)}"
-        if state in ACTIVE:
-            while key in taken:
-                key += "+"
-            taken.add(key)
-        # Nothing but the functions keeps a leased job from having no lease, or another one from having one.
-        leased = self.often(0.97 if state in _LEASED else 0.1)
-        attempts, max_attempts = rng.choice(ATTEMPTS[:13] if self.often(0.7) else ATTEMPTS)
-        ended = state not in ACTIVE
-        return {
-            "job_id": self.uuid(),
-            "job_kind": rng.choice(JOB_KINDS[:3]),
-            "state": state,
-            "source_ref": rng.choice(REFERENCES),
-            "target_ref": rng.choice(REFERENCES),
-            "payload_ref": rng.choice(REFERENCES),
-            "payload_json": json.loads(rng.choice(PAYLOADS)),
-            "priority": rng.choice((0, 1, 100, 100, 2_147_483_647)),
-            "scheduled_at": self.any_time(0.2),
-            "picked_at": self.any_time(0) if leased else None,
-            "finished_at": self.any_time(0.1) if ended or not self.often() else None,
-            "lease_owner": rng.choice(OWNERS[:2] if self.often(0.8) else OWNERS) if leased else None,
-            "lease_until": self.any_time(self.mix.future) if leased else None,
-            "attempts": attempts,
-            "max_attempts": max_attempts,
-            "idempotency_key": key,
-            "actor": rng.choice(PEOPLE),
-            "run_id": rng.choice((None, self.uuid())),
-            "last_error": rng.choice(TEXTS),
-            "created_at": self.any_time(0),
-            "updated_at": self.any_time(0),
-        }
-
-    def _letters(self) -> list[dict[str, Any]]:
-        rng = self.rng
-        # A letter may be there already for any job, and one outlives its job.
-        jobs = [job["job_id"] for job in self.jobs if not self.often(0.7)]
-        return [self._letter(job) for job in (*jobs, *(self.uuid() for _ in range(rng.choice((1, 3, 6)))))]
-
-    def _letter(self, job_id: str) -> dict[str, Any]:
-        rng = self.rng
-        attempts, max_attempts = rng.choice(ATTEMPTS)
-        triaged = not self.often(0.5)
-        return {
-            "dead_letter_id": self.uuid(),
-            "job_id": job_id,
-            "job_kind": rng.choice(JOB_KINDS),
-            "idempotency_key": f"key {rng.randrange(6)}",
-            "source_ref": rng.choice(REFERENCES),
-            "target_ref": rng.choice(REFERENCES),
-            "payload_ref": rng.choice(REFERENCES),
-            "payload_json": json.loads(rng.choice(PAYLOADS)),
-            "priority": rng.choice((0, 100)),
-            "actor": rng.choice(PEOPLE),
-            "run_id": rng.choice((None, self.uuid())),
-            "attempts": attempts,
-            "max_attempts": max_attempts,
-            "last_error": rng.choice(TEXTS),
-            "last_lease_owner": rng.choice((None, *OWNERS)),
-            "dead_letter_reason": rng.choice(REASONS),
-            "dead_lettered_by": rng.choice(OWNERS),
-            "dead_lettered_at": self.any_time(0),
-            "triage_status": rng.choice(TRIAGE),
-            "triaged_at": self.any_time(0.1) if triaged else None,
-            "triaged_by": rng.choice(PEOPLE) if triaged else None,
-            "triage_note": rng.choice(TEXTS),
-        }
-
-    def _executor(self, name: str) -> dict[str, Any]:
-        rng = self.rng
-        return {
-            "executor_name": name,
-            "executor_kind": rng.choice(KINDS[:2] if self.often(0.8) else KINDS),
-            "last_tick_at": self.any_time(0.2),
-            "last_tick_status": rng.choice(("ok", "warn", "error")),
-            "ticks_total": rng.choice((0, 0, 1, 7, 9_223_372_036_854_775_806)),
-            "current_job_id": rng.choice((None, self.uuid())),
-            "lease_owner": rng.choice((None, *OWNERS)),
-            "metadata": rng.choice(HELD_METADATA),
-            "created_at": self.any_time(0),
-        }
-
-    def scene(self, calls: tuple[Call, ...]) -> Scene:
-        rng = self.rng
-        earlier = timedelta(microseconds=rng.choice((1, 1_000, 1_500_000, 3_600_000_000)))
-        return Scene(
-            self.number,
-            self.clock.isoformat(),
-            rng.choice(("1 microsecond", "1 millisecond", "1 second")),
-            (self.clock - earlier).isoformat(),
-            dict(zip(TABLES, (self._gates(), self.jobs, self.letters, self.executors), strict=True)),
-            calls,
-        )
-
-    # The calls
-
-    def call(self, name: str) -> Call:
-        """One call of a routine; that of the trigger's routine is an UPDATE of its table."""
-        if name == "fn_job_queue_updated_at":
-            return Call("workflow_admin", self._update())
-        arguments = [
-            sql.SQL("{} => {}").format(sql.Identifier(argument), sql.Literal(value))
-            for argument, value in _CALLS[name](self).items()
-        ]
-        query = sql.SQL("SELECT public.{}({})").format(sql.Identifier(name), sql.SQL(", ").join(arguments))
-        return Call(CALLER[name], query.as_string(None))
-
-    def _update(self) -> str:
-        changes = {
-            "priority": self.rng.randrange(1000),
-            "actor": self.rng.choice(PEOPLE),
-            "updated_at": self.any_time(),
-            "last_error": self.rng.choice(TEXTS),
-        }
-        chosen = self.rng.sample(sorted(changes), self.rng.randrange(1, 4))
-        query = sql.SQL(
-            "WITH c AS (UPDATE public.job_queue AS q SET {} WHERE {} RETURNING q.*)"
-            " SELECT jsonb_build_object('refused', count(*) = 0, 'rows', jsonb_agg(c ORDER BY c.job_id)) FROM c"
-        ).format(
-            sql.SQL(", ").join(
-                sql.SQL("{} = {}").format(sql.Identifier(column), sql.Literal(changes[column])) for column in chosen
-            ),
-            sql.SQL("{}").format(
-                self.rng.choice(
-                    (
-                        sql.SQL("true"),
-                        sql.SQL("q.priority > 0"),
-                        sql.SQL("q.job_id = {}").format(sql.Literal(self.rng.choice(self.jobs)["job_id"])),
-                    )
-                )
-            ),
-        )
-        return query.as_string(None)
-
-    def given(self, **choices: tuple[float, Callable[[], Any]]) -> dict[str, Any]:
-        """Arguments that have a default: each with the share of calls that name it."""
-        return {name: choose() for name, (share, choose) in choices.items() if self.often(share)}
-
-    def leased(self) -> dict[str, Any]:
-        """Mostly a job that is leased, now and then any job."""
-        jobs = [job for job in self.jobs if job["state"] in _LEASED]
-        return self.rng.choice(jobs if self.often(0.96) else self.jobs)
-
-    def text(self, *usual: str | None) -> str | None:
-        """Mostly one of the usual ones, else nothing, or nothing but blanks."""
-        return self.rng.choice(usual if self.often() else (None, "", "  ", "\t", "other"))
-
-
-def _enqueue(w: _World) -> dict[str, Any]:
-    rng = w.rng
-    payload = rng.choice(PAYLOADS) if w.often(0.85) else rng.choice((*DENIED, *DENIED, *NO_OBJECTS))
-    return {
-        "p_job_kind": w.text(*JOB_KINDS[:3]),
-        "p_actor": w.text(*PEOPLE),
-        "p_idempotency_key": w.text(*(f"key {number}" for number in range(8))),
-        **w.given(
-            p_payload_json=(0.75, lambda: payload),
-            p_source_ref=(0.5, lambda: rng.choice(REFERENCES)),
-            p_target_ref=(0.5, lambda: rng.choice(REFERENCES)),
-            p_payload_ref=(0.5, lambda: rng.choice(REFERENCES)),
-            p_priority=(0.5, lambda: rng.choice((None, 0, 1, 100, 99, -1))),
-            p_run_id=(0.5, lambda: rng.choice((None, w.uuid()))),
-            p_scheduled_at=(0.5, lambda: rng.choice((None, w.any_time()))),
-            p_max_attempts=(0.5, lambda: rng.choice((None, 1, 2, 5, 0))),
-        ),
-    }
-
-
-def _claim(w: _World) -> dict[str, Any]:
-    rng = w.rng
-    kinds = ("{mail.send}", "{mail.read,NULL}", "{mail.send,mail.read}", "{}", "{NULL}", "{other}", None)
-    return {
-        "p_lease_owner": w.text(*OWNERS[:3]),
-        **w.given(
-            p_job_kinds=(0.5, lambda: rng.choice(kinds)),
-            p_limit=(0.75, lambda: rng.choice((None, -1, 0, 1, 2, 2, 3, 100))),
-            p_lease_seconds=(0.5, lambda: rng.choice((None, -5, 0, 1, 2, 60, 301, 2_147_483_647))),
-        ),
-    }
-
-
-def _of_lease(w: _World) -> dict[str, Any]:
-    """The arguments that every call about a leased job begins with, and its fence."""
-    rng, job = w.rng, w.leased()
-    others = (None, *OWNERS)
-    return {
-        "p_job_id": job["job_id"] if w.often(0.97) else rng.choice((w.uuid(), None)),
-        "p_lease_owner": job["lease_owner"] if w.often() else rng.choice(others),
-        **w.given(
-            p_expected_attempts=(
-                0.6,
-                lambda: rng.choice((job["attempts"], None) if w.often(0.9) else (0, 1, 4, 5, -1)),
-            )
-        ),
-    }
-
-
-def _fail(w: _World) -> dict[str, Any]:
-    rng = w.rng
-    return {
-        **_of_lease(w),
-        "p_error": rng.choice(TEXTS),
-        **w.given(p_retryable=(0.5, lambda: rng.choice((True, False, None)))),
-    }
-
-
-def _extend(w: _World) -> dict[str, Any]:
-    seconds = (None, None, -5, 0, 1, 2, 60, 299, 300, 301, 3600, 2_147_483_647)
-    return {**_of_lease(w), **w.given(p_lease_seconds=(0.6, lambda: w.rng.choice(seconds)))}
-
-
-def _tick(w: _World) -> dict[str, Any]:
-    rng = w.rng
-    names = [row["executor_name"] for row in w.executors]
-    name = rng.choice(names) if names and w.often(0.7) else w.text("w1", "new", " new")
-    held = [row["executor_kind"] for row in w.executors if row["executor_name"] == name]
-    kind = rng.choice(held) if held and w.often(0.9) else rng.choice(KINDS)
-    return {
-        "p_executor_name": name,
-        "p_executor_kind": kind if w.often() else rng.choice((None, "", "x", "MOT", "dot", "DOT ")),
-        **w.given(
-            p_status=(0.7, lambda: rng.choice(("ok", "warn", "error") if w.often() else (None, "", "x", "OK"))),
-            p_current_job_id=(0.5, lambda: rng.choice((None, w.uuid()))),
-            p_lease_owner=(0.5, lambda: rng.choice((None, *OWNERS))),
-            p_metadata=(0.7, lambda: rng.choice(METADATA[:3] if w.often(0.6) else METADATA)),
-        ),
-    }
-
-
-def _stale_check(w: _World) -> dict[str, Any]:
-    seconds = (None, None, -5, 0, 1, 9, 10, 59, 60, 61, 299, 300, 301, 3600, 86_400, 2_147_483_647)
-    return w.given(p_threshold_seconds=(0.8, lambda: w.rng.choice(seconds)))
-
-
-def _register(w: _World) -> dict[str, Any]:
-    rng = w.rng
-    names = [row["executor_name"] for row in w.executors]
-    seen = rng.choice(w.past)
-    return {
-        "p_executor_name": rng.choice(names) if names and w.often(0.1) else w.text("new", " new", "newer", "w3"),
-        "p_executor_kind": rng.choice(KINDS) if w.often() else rng.choice((None, "", "x", "MOT", "dot", "DOT ")),
-        "p_last_observed_at": seen if w.often(0.9) else rng.choice((None, "-infinity", "infinity", *w.future)),
-        "p_actor": w.text(*PEOPLE),
-        **w.given(p_note=(0.5, lambda: rng.choice(TEXTS))),
-    }
-
-
-def _limit(w: _World) -> dict[str, Any]:
-    limits = (None, None, -1, 0, 1, 2, 2, 3, 99, 100, 101, 102, 1000)
-    return w.given(p_limit=(0.75, lambda: w.rng.choice(limits)))
-
-
-def _reap(w: _World) -> dict[str, Any]:
-    return {"p_actor": w.text(*PEOPLE), **_limit(w)}
-
-
-def _letter_id(w: _World) -> str | None:
-    return w.rng.choice(w.letters)["dead_letter_id"] if w.often() else w.rng.choice((w.uuid(), None))
-
-
-def _requeue(w: _World) -> dict[str, Any]:
-    return {"p_dead_letter_id": _letter_id(w)}
-
-
-def _triage(w: _World) -> dict[str, Any]:
-    rng = w.rng
-    return {
-        "p_dead_letter_id": _letter_id(w),
-        "p_triage_status": rng.choice(TRIAGE) if w.often() else rng.choice((None, "", "x", "Closed", "closed ")),
-        "p_actor": w.text(*PEOPLE),
-        **w.given(p_triage_note=(0.5, lambda: rng.choice(TEXTS))),
-    }
-
-
-_CALLS: dict[str, Callable[[_World], dict[str, Any]]] = {
-    "fn_job_enqueue": _enqueue,
-    "fn_job_claim": _claim,
-    "fn_job_ack": _of_lease,
-    "fn_job_fail": _fail,
-    "fn_job_extend_lease": _extend,
-    "fn_queue_heartbeat_tick": _tick,
-    "fn_queue_stale_check": _stale_check,
-    "fn_queue_heartbeat_register_passive": _register,
-    "fn_job_reap_stale_leases_dry_run": _limit,
-    "fn_job_reap_stale_leases_apply": _reap,
-    "fn_job_dead_letter_requeue_dry_run": _requeue,
-    "fn_job_dead_letter_triage_update": _triage,
-}
-
-# ------------------------------------------------------------------------------------------------------- playing them
 
 SHADOW = """
 CREATE SCHEMA equivalence;
@@ -587,6 +47,20 @@ BEGIN
     RETURN md5(set_config('equivalence.ids', (current_setting('equivalence.ids')::integer + 1)::text, true))::uuid;
 END $$;
 
+-- What another session commits meanwhile: it sees nothing of what is being inserted.
+CREATE FUNCTION equivalence.rival() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('equivalence.rival', true) = 'true' THEN
+        UPDATE public.job_queue AS q
+        SET state = 'cancelled', finished_at = q.scheduled_at
+        WHERE q.state IN ('queued', 'leased', 'in_progress', 'retry_waiting')
+          AND q.job_id NOT IN (SELECT a.job_id FROM added AS a);
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER rival AFTER INSERT ON public.job_queue REFERENCING NEW TABLE AS added
+    FOR EACH STATEMENT EXECUTE FUNCTION equivalence.rival();
+
 -- Each scene: its rows, and each call on them with everything undone after it.
 CREATE FUNCTION equivalence.play(p_scenes jsonb) RETURNS TABLE (answer text, failure text, tables jsonb)
 LANGUAGE plpgsql AS $$
@@ -595,6 +69,9 @@ DECLARE
     v_call jsonb;
 BEGIN
     -- Nobody vacuums here: without this, each scene would read the dead rows of all before it.
+    -- It also makes new plans of all that is cached.
+    PERFORM set_config('enable_' || way, p_scenes #>> '{0,indexes}', true)
+    FROM unnest(ARRAY['indexscan', 'indexonlyscan', 'bitmapscan', 'nestloop']) AS way;
     TRUNCATE public.dot_config, public.job_queue, public.job_dead_letter, public.queue_heartbeat;
     FOR v_scene IN SELECT * FROM jsonb_array_elements(p_scenes) LOOP
         BEGIN
@@ -614,6 +91,7 @@ BEGIN
                     PERFORM set_config('equivalence.clock', v_scene ->> 'clock', true),
                             set_config('equivalence.tick', v_scene ->> 'tick', true),
                             set_config('equivalence.began', v_scene ->> 'began', true),
+                            set_config('equivalence.rival', v_scene ->> 'rival', true),
                             set_config('equivalence.ids', '0', true);
                     BEGIN
                         PERFORM set_config('role', v_call ->> 'role', true);
@@ -638,20 +116,21 @@ BEGIN
 END $$;
 """
 
-SHADOWED = "equivalence, pg_catalog, public, pg_temp"
 PINNED = "search_path=pg_catalog, public, pg_temp"
-
-
-CHUNK = 20
-"""Scenes that are played at once; between two of them the tables are made anew."""
+"""What every routine has."""
 
 
 class Outcome(NamedTuple):
-    """What a call did: its answer or its error, and what every table holds afterwards."""
+    """What a call did: its answer or its error, and what every table holds afterwards, or a digest of it."""
 
     answer: str | None
     failure: str | None
     tables: dict[str, Any]
+
+    @property
+    def reason(self) -> str | None:
+        """Why the call was refused; None when it was not, and when it failed."""
+        return json.loads(self.answer).get("reason") if self.answer is not None else None
 
     @property
     def succeeded(self) -> bool:
@@ -660,146 +139,143 @@ class Outcome(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """An input for which two routines do not do the same. `what`: how it shows."""
+    """An input for which a mutant does not do what its original does. `what`: how it shows, the original's first."""
 
     number: int
     input: str
     what: str
 
     def __str__(self) -> str:
-        return f"input {self.number}, {self.input}: {self.what}"
+        return f"input {self.number}: {self.what}; {self.input}"
 
 
 class Bench:
     """A database of Phase 2 made ready for playing scenes; nothing that is played stays."""
 
     def __init__(self, conn: psycopg.Connection[Any]) -> None:
-        """conn: of a superuser, in autocommit. The rows of the four tables are removed, their defaults shadowed."""
+        """conn: of a superuser, in autocommit. The four tables are emptied, their defaults and trigger shadowed."""
         self.conn = conn
-        self._originals: dict[tuple[str, bool], list[Outcome]] = {}
+        self.patience = "60s"  # some mutants make a loop without end
+        self._outcomes: dict[tuple[str, str, bool, bool], list[Outcome]] = {}
         with conn.transaction():
             conn.execute(SHADOW)
             for table in TABLES:
                 conn.execute(sql.SQL("DELETE FROM public.{}").format(sql.Identifier(table)))
-            defaults = conn.execute(
-                "SELECT a.attrelid::regclass::text, a.attname, pg_get_expr(d.adbin, d.adrelid)"
-                " FROM pg_attrdef AS d JOIN pg_attribute AS a ON a.attrelid = d.adrelid AND a.attnum = d.adnum"
-                " JOIN pg_class AS c ON c.oid = a.attrelid WHERE c.relnamespace = 'public'::regnamespace"
-            ).fetchall()
-            for table, column, value in defaults:
-                if value in {"now()", "gen_random_uuid()"}:
-                    conn.execute(
-                        sql.SQL("ALTER TABLE {} ALTER COLUMN {} SET DEFAULT {}").format(
-                            sql.SQL(table), sql.Identifier(column), sql.SQL(f"equivalence.{value}")
-                        )
-                    )
-            self._create_images()
+            self._shadow_defaults()
+            self._create_image("digests", sql.SQL('md5(string_agg(t::text, chr(10) ORDER BY t::text COLLATE "C"))'))
+            self._create_image("rows", sql.SQL('jsonb_agg(t ORDER BY t::text COLLATE "C")'))
             # Every change of a job runs through it, whichever routine is played.
-            conn.execute(f"ALTER FUNCTION public.fn_job_queue_updated_at() SET search_path = {SHADOWED}")
+            self._shadow("public.fn_job_queue_updated_at()")
 
-    def _create_images(self) -> None:
-        names = self.conn.execute(
-            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')"
-        ).fetchall()
-        for function, value in (
-            ("digests", "md5(string_agg(t::text, chr(10) ORDER BY t::text COLLATE \"C\"))"),
-            ("rows", "jsonb_agg(t ORDER BY t::text COLLATE \"C\")"),
-        ):
-            pairs = [
-                sql.SQL("{}, (SELECT {} FROM public.{} AS t)").format(
-                    sql.Literal(name), sql.SQL(value), sql.Identifier(name)
-                )
-                for (name,) in names
-            ]
-            self.conn.execute(
-                sql.SQL(
-                    "CREATE FUNCTION equivalence.{}() RETURNS jsonb LANGUAGE plpgsql AS"
-                    " $$BEGIN RETURN jsonb_build_object({}); END$$"
-                ).format(sql.Identifier(function), sql.SQL(", ").join(pairs))
-            )
+    def _shadow(self, routine: str) -> None:
+        """Let the routine find our clock before that of the server."""
+        ((path,),) = self.conn.execute("SELECT proconfig FROM pg_proc WHERE oid = %s::regprocedure", [routine])
+        assert path == [PINNED], f"{routine}: {path}"
+        change = sql.SQL("ALTER FUNCTION {} SET search_path = equivalence, pg_catalog, public, pg_temp")
+        self.conn.execute(change.format(sql.SQL(routine)))  # pyright: ignore[reportArgumentType] - SQL as it stands
+
+    def _shadow_defaults(self) -> None:
+        query = """
+            SELECT c.relname, a.attname, pg_get_expr(d.adbin, d.adrelid)
+            FROM pg_attrdef AS d
+            JOIN pg_attribute AS a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
+            JOIN pg_class AS c ON c.oid = a.attrelid
+            WHERE c.relnamespace = 'public'::regnamespace
+        """
+        for table, column, value in self.conn.execute(query).fetchall():
+            if value in {"now()", "gen_random_uuid()"}:
+                change = sql.SQL("ALTER TABLE public.{} ALTER COLUMN {} SET DEFAULT equivalence.{}()")
+                names = (sql.Identifier(name) for name in (table, column, value.removesuffix("()")))
+                self.conn.execute(change.format(*names))
+
+    def _create_image(self, name: str, value: sql.SQL) -> None:
+        query = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')"
+        tables = [
+            sql.SQL("{}, (SELECT {} FROM public.{} AS t)").format(sql.Literal(table), value, sql.Identifier(table))
+            for (table,) in self.conn.execute(query).fetchall()
+        ]
+        create = "CREATE FUNCTION equivalence.{}() RETURNS jsonb LANGUAGE plpgsql AS $$BEGIN RETURN {}; END$$"
+        pairs = sql.SQL("jsonb_build_object({})").format(sql.SQL(", ").join(tables))
+        self.conn.execute(sql.SQL(create).format(sql.Identifier(name), pairs))
 
     @contextmanager
     def installed(self, routine: str, text: str) -> Iterator[None]:
-        """The routine as `text` has it, on the shadow clock, until the end of the block."""
+        """The routine as `text` has it, but on the shadow clock, until the end of the block."""
         with self.conn.transaction(force_rollback=True):
-            self.conn.execute(text.encode())
-            ((pinned,),) = self.conn.execute(
-                "SELECT proconfig FROM pg_proc WHERE oid = %s::regprocedure", [routine]
-            ).fetchall()
-            assert pinned == [PINNED], f"{routine}: {pinned}"
-            self.conn.execute(
-                sql.SQL("ALTER FUNCTION {} SET search_path = {}").format(
-                    sql.SQL(cast("Any", routine)), sql.SQL(SHADOWED)
-                )
-            )
+            self.conn.execute("SELECT set_config('statement_timeout', %s, true)", [self.patience])
+            self.conn.execute(re.sub("^CREATE FUNCTION", "CREATE OR REPLACE FUNCTION", text).encode())
+            self._shadow(routine)
             yield
 
     def play(self, some: Sequence[Scene], *, whole: bool = False) -> list[Outcome]:
         """The outcome of every call of the scenes, with what is installed."""
         found: list[Outcome] = []
         for first in range(0, len(some), CHUNK):
-            asked = "[" + ",".join(scene.asked(whole=whole) for scene in some[first : first + CHUNK]) + "]"
+            asked = ", ".join(scene.asked(whole=whole) for scene in some[first : first + CHUNK])
             with self.conn.transaction(force_rollback=True):
-                rows = self.conn.execute("SELECT * FROM equivalence.play(%s)", [asked]).fetchall()
+                rows = self.conn.execute("SELECT * FROM equivalence.play(%s)", [f"[{asked}]"]).fetchall()
             found += [Outcome(*row) for row in rows]
         return found
 
-    def original(self, routine: str, text: str, some: Sequence[Scene], *, ties: bool) -> list[Outcome]:
-        """The outcomes of the original, played once."""
-        if (routine, ties) not in self._originals:
-            with self.installed(routine, replacing(text)):
-                self._originals[routine, ties] = self.play(some)
-        return self._originals[routine, ties]
+    def outcomes(self, routine: str, text: str, *, ties: bool = True, rivals: bool = True) -> list[Outcome]:
+        """The outcomes of a routine for its scenes; played once and kept."""
+        key = (routine, text, ties, rivals)
+        if key not in self._outcomes:
+            with self.installed(routine, text):
+                self._outcomes[key] = self.play(scenes(routine, ties=ties, rivals=rivals))
+        return self._outcomes[key]
 
-    def difference(self, mutant: Mutant, text: str, *, ties: bool = True) -> Difference | None:
-        """The first input for which a mutant does not do what the original, `text`, does; None when there is none."""
-        some = scenes(mutant.routine, ties=ties)
-        wanted = self.original(mutant.routine, text, some, ties=ties)
+    def difference(self, mutant: Mutant, text: str, *, ties: bool = True, rivals: bool = True) -> Difference | None:
+        """The first input for which a mutant does not do what its original, `text`, does; None when there is none.
+
+        ties, rivals: as in `scenes`.
+        """
+        wanted = self.outcomes(mutant.routine, text, ties=ties, rivals=rivals)
+        some = scenes(mutant.routine, ties=ties, rivals=rivals)
         done = 0
         try:
             with self.installed(mutant.routine, mutant.text):
                 for first in range(0, len(some), CHUNK):
                     chunk = some[first : first + CHUNK]
-                    inputs = [(scene, number) for scene in chunk for number in range(len(scene.calls))]
-                    for (scene, number), got in zip(inputs, self.play(chunk), strict=True):
-                        if got != wanted[done]:
-                            return self._told(mutant, text, scene, number, done)
-                        done += 1
+                    for number, got in enumerate(self.play(chunk)):
+                        if got != wanted[done + number]:
+                            return self._told(mutant, text, chunk, number, done)
+                    done += sum(len(scene.calls) for scene in chunk)
         except psycopg.Error as error:
-            return Difference(done, "installing it", str(error))
+            return Difference(done, "installing and playing it", str(error))
         return None
 
-    def _told(self, mutant: Mutant, text: str, scene: Scene, number: int, place: int) -> Difference:
-        got = self.play([scene], whole=True)[number]
-        with self.installed(mutant.routine, replacing(text)):
-            wanted = self.play([scene], whole=True)[number]
-        return Difference(place, scene.short(scene.calls[number]), _compared(wanted, got))
-
-
-def replacing(text: str) -> str:
-    """The statement of a file as one that replaces."""
-    return re.sub(r"(?i)\bCREATE\s+FUNCTION", "CREATE OR REPLACE FUNCTION", text, count=1)
+    def _told(self, mutant: Mutant, text: str, chunk: Sequence[Scene], number: int, before: int) -> Difference:
+        """The chunk is played again as a whole: what is cached in a session is then as it was."""
+        inputs = [scene.short(call) for scene in chunk for call in scene.calls]
+        got = self.play(chunk, whole=True)[number]
+        with self.installed(mutant.routine, text):
+            wanted = self.play(chunk, whole=True)[number]
+        return Difference(before + number, inputs[number], _compared(wanted, got))
 
 
 def _compared(wanted: Outcome, got: Outcome) -> str:
-    """What differs, the original's first."""
-    parts = [
-        f"{name} {before} -> {after}"
-        for name, before, after in (
-            ("answer", wanted.answer, got.answer),
-            ("error", wanted.failure, got.failure),
-        )
-        if before != after
-    ]
-    for table in wanted.tables:
-        before, after = wanted.tables[table] or [], got.tables[table] or []
-        lost = [row for row in before if row not in after]
-        new = [row for row in after if row not in before]
-        if len(lost) == len(new) == 1:
-            parts.append(
-                f"{table} "
-                + ", ".join(f"{name} {lost[0][name]!r} -> {new[0][name]!r}" for name in lost[0] if lost[0][name] != new[0][name])
-            )
-        elif lost or new:
-            parts.append(f"{table}: {len(lost)} rows gone or changed, {len(new)} new or changed")
-    return "; ".join(parts)
+    """What differs, place by place."""
+    before, after = _leaves(wanted), _leaves(got)
+    return ", ".join(
+        f"{place} {before.get(place)!r} -> {after.get(place)!r}"
+        for place in {**before, **after}
+        if before.get(place) != after.get(place)
+    )
+
+
+def _leaves(outcome: Outcome) -> dict[str, Any]:
+    """Every value of an outcome, by the way to it."""
+
+    def below(value: Any, way: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                yield from below(inner, f"{way}.{name}" if way else name)
+        elif isinstance(value, list) and value:
+            for number, inner in enumerate(value):
+                yield from below(inner, f"{way}[{number}]")
+        else:
+            yield way, value
+
+    answer = json.loads(outcome.answer) if outcome.answer is not None else None
+    return dict(below({"answer": answer, "error": outcome.failure, **outcome.tables}, ""))

@@ -202,6 +202,7 @@ def desired(*things: Declared | Check, **given: Any) -> Desired:
         "database": None,
         "ledger": None,
         "policy": policy(),
+        "approvers": "",
         "scope": Scope(),
         "stores": {"settings": STORE},
         "items": {thing.address: thing for thing in things if isinstance(thing, Declared)},

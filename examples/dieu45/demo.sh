@@ -41,8 +41,11 @@ run reconciler approve "$work/phase2.plan" --as operator --reason "Phase 2 of th
   --accept arms_gate --accept grants_execute --accept moves_from_safe --accept security_definer \
   --attest F02-no-worker-started --attest F07-no-qdrant --attest F10-start-here --attest F11-law-text
 
-step "Applied in one transaction, committed only because the result is what was approved"
-run reconciler apply "$work/phase2.plan" --initialize --evidence "$work/evidence"
+step "The proofs on a scratch copy, also the one that needs two sessions"
+run reconciler prove -t sandbox --rehearse --out "$work/phase2.rehearsal.json" | tail -n 1
+
+step "Applied in one transaction, committed only because the result is what was approved and every proof passes"
+run reconciler apply "$work/phase2.plan" --initialize --rehearsal "$work/phase2.rehearsal.json" --evidence "$work/evidence"
 
 step "The silent worker is visible now"
 sql "SELECT executors_stale, executor_name, status_hint, passive FROM v_queue_health"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -74,16 +75,36 @@ class Expectation(Model):
         return self
 
 
+Written = Literal["insert", "update", "delete"]
+
+
+class Pause(Model):
+    """Right before or right after a statement that writes the table `on`, one inside of a function too."""
+
+    before: Written | None = None
+    after: Written | None = None
+    on: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_moment(self) -> Pause:
+        if (self.before is None) == (self.after is None):
+            raise ValueError("write exactly one of `before` and `after`")
+        return self
+
+
 class Step(Model):
     """`given` and `arm` prepare, `when` is the statement on trial, `then` is what it must come to.
 
-    With two sessions `holder` is what the other one does and keeps open while `when` runs; with `release` it ends its
-    transaction so as soon as `when` waits for it, which it then must.
+    With two sessions `holder` is what the other one does and keeps open while `when` runs; with `release` it does what
+    `meanwhile` says and ends its transaction so, as soon as `when` waits for it, which it then must: for a lock, or at
+    `pause`.
     """
 
     given: tuple[str, ...] = ()
     arm: dict[str, str | None] = {}
     holder: tuple[str, ...] = ()
+    pause: Pause | None = None
+    meanwhile: tuple[str, ...] = ()
     release: Literal["commit", "rollback"] | None = None
     as_: str | None = Field(default=None, alias="as", min_length=1)
     when: str
@@ -134,7 +155,7 @@ STATEMENTS = frozenset(
     call_stmt constraints_set_stmt create_table_as_stmt delete_stmt insert_stmt merge_stmt select_stmt update_stmt
     """.split()
 )
-"""What `given`, `holder` and `when` may be. All of it is undone by ROLLBACK TO SAVEPOINT."""
+"""What `given`, `holder`, `meanwhile` and `when` may be. All of it is undone by ROLLBACK TO SAVEPOINT."""
 
 VOLATILE = frozenset(
     """
@@ -262,6 +283,8 @@ class Proof(CheckKind):
         if not isinstance(spec, ProofSpec):
             raise TypeError(spec)
         if spec.sessions == 2:
+            if asked.inside and check.address in asked.rehearsed:
+                return asked.rehearsed[check.address]
             detail = "needs a rehearsal: reconciler prove --rehearse"
             return Verdict(address=check.address, status="deferred", detail=detail)
         if not asked.inside:
@@ -286,7 +309,7 @@ def _texts(
     for number, need in enumerate(spec.requires):
         yield ("requires", number, "query"), need.query, "query"
     for path, step in zip(paths, spec.steps, strict=True):
-        for key, texts in (("given", step.given), ("holder", step.holder)):
+        for key, texts in (("given", step.given), ("holder", step.holder), ("meanwhile", step.meanwhile)):
             for number, text in enumerate(texts):
                 yield (*path, key, number), text, "statement"
         yield (*path, "when"), step.when, "statement"
@@ -300,17 +323,30 @@ def _complaints(
 ) -> Iterator[Complaint]:
     for path, step in steps.items():
         if declaration.sessions == 1:
-            for key in ("holder", "within", "release"):
+            for key in ("holder", "within", "release", "meanwhile", "pause"):
                 if getattr(step, key):
                     yield Complaint((*path, key), f"`{key}` needs `sessions: 2`")
-        elif not step.holder:
-            where = path or ("sessions",)
-            yield Complaint(where, "`sessions: 2` needs `holder`: what the other session does and keeps open")
+        else:
+            yield from _complaints_of_two(path, step)
     for number, text in enumerate(declaration.advances):
         try:
             relation(text)
         except ValueError as error:
             yield Complaint(("advances", number), str(error))
+
+
+def _complaints_of_two(path: tuple[str | int, ...], step: Step) -> Iterator[Complaint]:
+    if not (step.holder or step.pause):
+        message = "`sessions: 2` needs `holder`: what the other session does and keeps open"
+        yield Complaint(path or ("sessions",), message)
+    for key in ("meanwhile", "pause"):
+        if getattr(step, key) and step.release is None:
+            yield Complaint((*path, key), f"`{key}` needs `release`: how the other session ends its transaction")
+    if step.pause is not None:
+        try:
+            relation(step.pause.on)
+        except ValueError as error:
+            yield Complaint((*path, "pause", "on"), str(error))
 
 
 def armed(spec: ProofSpec) -> Iterator[tuple[int, str]]:
@@ -393,6 +429,9 @@ class _Came:
 
 def _in_savepoint(conn: pg.Connection, check: Check, spec: ProofSpec, asked: Asked) -> Verdict:
     """Play the proof, undo it, and look for what the undoing did not reach."""
+    transitions.track(conn)
+    if hidden := transitions.uncounted(conn):
+        return Verdict(address=check.address, status="not_judged", detail=hidden[1], missing=hidden[0])
     before = _outliving(conn)
     pg.run(conn, "SAVEPOINT reconciler_proof")
     status, detail, missing, foreign = "passed", _size(spec), "", set[str]()
@@ -455,47 +494,100 @@ def _with_holder(  # noqa: PLR0913, PLR0917 - two sessions, one step of one proo
     stage = replace(_begun(conn, asked), where=where)
     _prepare(stage, step, spec)
     pg.run(conn, "COMMIT")
-    held = replace(_begun(other, asked), where=where)
-    for number, text in enumerate(step.holder, 1):
-        _must(held.at(f"holder {number}"), text)
-    within = milliseconds(step.within or asked.desired.policy.apply.statement_timeout)
-    stage = replace(_begun(conn, asked), timeout_ms=within, where=where)
-    with _released(conn, other, step, within):
-        _try(stage, step)
-    _end(stage)
-    conn.rollback()
-    other.rollback()
+    with _pausing(conn, other, step.pause):
+        held = replace(_begun(other, asked), where=where)
+        if step.pause is not None:
+            pg.run(other, sql.SQL("SELECT pg_catalog.pg_advisory_xact_lock({})").format(PAUSE))
+        for number, text in enumerate(step.holder, 1):
+            _must(held.at(f"holder {number}"), text)
+        within = milliseconds(step.within or asked.desired.policy.apply.statement_timeout)
+        stage = replace(_begun(conn, asked), timeout_ms=within, where=where)
+        with _released(conn, held, step, within):
+            _try(stage, step)
+        _end(stage)
+
+
+PAUSE = sql.Literal(int.from_bytes(b"pause"))
+"""The advisory lock that the holder has while `when` is to wait at `pause`."""
 
 
 @contextmanager
-def _released(conn: pg.Connection, other: pg.Connection, step: Step, within: int) -> Generator[None]:
-    """While the block runs: end the transaction of `other` as `release` says, once `conn` waits for it. Raises _Failed.
+def _pausing(conn: pg.Connection, other: pg.Connection, pause: Pause | None) -> Generator[None]:
+    """While the block runs, whoever writes as `pause` says waits for whoever has the lock. Ends both transactions."""
+    names: dict[str, sql.Composable] = {}
+    if pause is not None:
+        schema, _ = relation(pause.on)
+        names = {
+            "function": sql.Identifier(schema, "reconciler_pause"),
+            "table": identifier(pause.on),
+            "moment": sql.SQL("BEFORE" if pause.before else "AFTER"),
+            "event": raw((pause.before or pause.after or "").upper()),
+            "lock": PAUSE,
+        }
+        function = sql.SQL(
+            "CREATE FUNCTION {function}() RETURNS pg_catalog.trigger LANGUAGE plpgsql SET search_path = pg_catalog AS"
+            " $$BEGIN PERFORM pg_advisory_xact_lock({lock}); RETURN NULL; END$$"
+        )
+        trigger = sql.SQL(
+            "CREATE TRIGGER reconciler_pause {moment} {event} ON {table} FOR EACH STATEMENT"
+            " EXECUTE FUNCTION {function}()"
+        )
+        _both(conn, function.format(**names), trigger.format(**names), doing=f"making the pause on {pause.on}")
+    try:
+        yield
+    finally:
+        for one in (conn, other):
+            if not (one.closed or one.broken):
+                one.rollback()
+        if pause is not None and not (conn.closed or conn.broken):
+            drop = sql.SQL("DROP TRIGGER reconciler_pause ON {table}"), sql.SQL("DROP FUNCTION {function}()")
+            _both(conn, *(one.format(**names) for one in drop), doing=f"removing the pause on {pause.on}")
 
-    within: milliseconds after which nobody waits any more.
+
+def _both(conn: pg.Connection, *statements: sql.Composed, doing: str) -> None:
+    """All of them in a transaction of their own."""
+    pg.run(conn, "BEGIN")
+    for statement in statements:
+        pg.run(conn, statement, doing)
+    pg.run(conn, "COMMIT")
+
+
+@contextmanager
+def _released(conn: pg.Connection, held: _Stage, step: Step, within: int) -> Generator[None]:
+    """While the block runs: once `conn` waits for the holder, let it do `meanwhile` and end as `release` says.
+
+    within: milliseconds after which nobody waits any more. Raises _Failed when `conn` does not wait, and what
+    `meanwhile` raises.
     """
     if step.release is None:
         yield
         return
-    waiter, done, waited = conn.info.backend_pid, threading.Event(), threading.Event()
+    waiter, done = conn.info.backend_pid, threading.Event()
 
-    def watch() -> None:
+    def watch() -> bool:
         until = time.monotonic() + within / 1000
         while not done.wait(0.005) and time.monotonic() < until:
             query = "SELECT pg_catalog.pg_backend_pid() = ANY (pg_catalog.pg_blocking_pids(%s)) AS waits"
-            if pg.rows(other, query, (waiter,))[0]["waits"]:
-                waited.set()
-                pg.run(other, "COMMIT" if step.release == "commit" else "ROLLBACK")
-                return
+            if pg.rows(held.conn, query, (waiter,))[0]["waits"]:
+                try:
+                    for number, text in enumerate(step.meanwhile, 1):
+                        _must(held.at(f"meanwhile {number}"), text)
+                except BaseException:
+                    held.conn.rollback()  # or `when` would wait for ever
+                    raise
+                pg.run(held.conn, "COMMIT" if step.release == "commit" else "ROLLBACK")
+                return True
+        return False
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-    if not waited.is_set():
-        raise _Failed("the statement did not wait for the holder")
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        watcher = pool.submit(watch)
+        try:
+            yield
+        finally:
+            done.set()
+            waited = watcher.result()  # what went wrong there is why anything went wrong here
+    if not waited:
+        raise _Failed(f"{held.where}the statement did not wait for the holder")
 
 
 def _begun(conn: pg.Connection, asked: Asked) -> _Stage:
@@ -827,21 +919,23 @@ class _Outliving:
     session: set[str]
     sequences: dict[str, str]
     foreign: set[str]
+    calls: Mapping[str, int | None]
     locks: set[tuple[Any, ...]]
 
 
 def _outliving(conn: pg.Connection) -> _Outliving:
     # The locks last: reading takes some itself, which must be there on both sides of the comparison.
-    session = {row["what"] for row in pg.rows(conn, _SESSION)}
+    session = _session(conn)
     foreign = _foreign_tables(conn)
     sequences = _sequences(conn)
+    calls = transitions.calls(conn)
     pg.rows(conn, _NAMES, ([],))
-    return _Outliving(session, sequences, foreign, transitions.locks(conn))
+    return _Outliving(session, sequences, foreign, calls, transitions.locks(conn))
 
 
 def _escaped(conn: pg.Connection, before: _Outliving, advances: Sequence[str]) -> list[str]:
     """What is there that was not before the proof, a phrase each."""
-    found = sorted({row["what"] for row in pg.rows(conn, _SESSION)} - before.session)
+    found = sorted(_session(conn) - before.session) + transitions.called(conn, before.calls)
     moved = {name for name, value in _sequences(conn).items() if before.sequences.get(name, value) != value}
     # nextval() and setval() keep their lock to the end of the transaction, whatever becomes of the savepoint; so it
     # tells our own use of a sequence from everybody else's, which its value does not.
@@ -849,9 +943,27 @@ def _escaped(conn: pg.Connection, before: _Outliving, advances: Sequence[str]) -
     relations = [int(lock[2]) for lock in new if lock[0] == "relation"]
     names = pg.rows(conn, _NAMES, (relations,))
     moved |= {row["name"] for row in names if row["relkind"] == "S"}
-    found += [f"the lock on {row['name']}" for row in names if row["relkind"] != "S"]
+    large = [row["name"] for row in names if row["name"] == "pg_catalog.pg_largeobject"]
+    found += ["large objects were used, which can be files by now"] * len(large)
+    others = (row["name"] for row in names if row["relkind"] != "S" and row["name"] not in LARGE_OBJECTS)
+    found += [f"the lock on {name}" for name in others]
     found += [f"advisory lock {lock[3]}/{lock[4]}" for lock in sorted(new, key=str) if lock[0] == "advisory"]
     return found + [f"sequence {name} advanced" for name in sorted(moved - set(advances))]
+
+
+LARGE_OBJECTS = frozenset({"pg_catalog.pg_largeobject", "pg_catalog.pg_largeobject_loid_pn_index"})
+"""What every use of a large object, lo_export() too, keeps locked to the end of the transaction."""
+
+
+def _session(conn: pg.Connection) -> set[str]:
+    """What this session holds beyond a transaction, the connections of postgres_fdw included."""
+    found = {row["what"] for row in pg.rows(conn, _SESSION)}
+    for row in pg.rows(conn, _CONNECTIONS):
+        query = sql.SQL("SELECT coalesce(server_name, 'one that was dropped') AS name FROM {}()")
+        found |= {
+            f"a connection to foreign server {each['name']}" for each in pg.rows(conn, query.format(raw(row["f"])))
+        }
+    return found
 
 
 def _foreign_tables(conn: pg.Connection) -> set[str]:
@@ -871,6 +983,13 @@ _SESSION = """
 SELECT 'prepared statement ' || name AS what FROM pg_catalog.pg_prepared_statements
 UNION ALL SELECT 'cursor ' || name FROM pg_catalog.pg_cursors
 UNION ALL SELECT 'LISTEN ' || c FROM pg_catalog.pg_listening_channels() AS c
+"""
+
+_CONNECTIONS = """
+SELECT pg_catalog.format('%I.%I', n.nspname, p.proname) AS f
+  FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+ WHERE p.prosrc LIKE 'postgres_fdw_get_connections%' AND p.probin = '$libdir/postgres_fdw'
+   AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE') AND pg_catalog.has_schema_privilege(n.oid, 'USAGE')
 """
 
 _NAMES = """

@@ -362,10 +362,14 @@ def _proofs(found: Evidence) -> Section:
         "Each proof ran inside of the transaction, in a savepoint that was rolled back; a rehearsed one ran on another"
         " database."
     )
-    blocks: list[Block] = [
-        Paragraph((note,)),
-        _verdicts("Proofs", proofs, why=found.reasons, what="What it shows"),
-    ]
+    blocks: list[Block] = [Paragraph((note,))]
+    if counts["rehearsed"]:
+        said_elsewhere = (
+            "What was rehearsed is told as the report says that was given to the apply. It is bound to these effects"
+            " and to the schema, nobody signed it, and this run did not see it happen."
+        )
+        blocks.append(Paragraph((said_elsewhere,), "note"))
+    blocks.append(_verdicts("Proofs", proofs, why=found.reasons, what="What it shows"))
     of: dict[str, list[str]] = {}
     for refusal in found.refusals:
         of.setdefault(refusal.refusal, []).append(refusal.proof)

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
         NotCompared,
         Outcome,
         Plan,
+        ProofReport,
         Summary,
         Target,
         Verdict,
     )
     from reconciler.mutate import MutationReport
-    from reconciler.prove import ProofReport
 
 COLOURS = {"+": "32", "~": "33", "-": "31", "!": "1;31", ".": "36", "-/+": "31", "?": "1;31"}
 MEANING = {

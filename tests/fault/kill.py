@@ -34,7 +34,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import psycopg
 from psycopg import sql
@@ -47,7 +47,7 @@ from tests.integration import governed
 from tests.servers import PROJECT, Database, Server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tests.fault.proxy import Line, Moment
 
@@ -92,12 +92,13 @@ class Arena:
 
 
 @contextmanager
-def arena(kind: str, prepare: Any, *, folder: Path | None = None) -> Iterator[Arena]:
+def arena(kind: str, prepare: Callable[[Database, Path], Path], folder: Path | None = None) -> Iterator[Arena]:
     """A server of this kind. prepare(db, folder) makes the governed system and returns the approved plan's file."""
     home = Path(tempfile.mkdtemp(prefix="kill-", dir=folder))
     home.chmod(0o711)
-    # Commits are waited for, so that a crash takes nothing that was there before; nothing but the apply writes.
-    server = servers.start(home / "s", kind, {"synchronous_commit": "on", "autovacuum": "off"})
+    # Commits are waited for, so that a crash takes nothing that was there before. Without TCP a port is only part of
+    # the socket's name, and a server and its copy can have the same.
+    server = servers.start(home / "s", kind, {"synchronous_commit": "on", "listen_addresses": ""})
     try:
         db = Database(server, DATABASE)
         with psycopg.connect(server.dsn(), autocommit=True) as conn:
@@ -144,7 +145,7 @@ def fresh(server: Server) -> None:
 
 
 def phase2(db: Database, folder: Path) -> Path:
-    """Phase 2 on its baseline, without the magnitudes; a time limit that a long look at each statement does not reach."""
+    """Phase 2 on its baseline, without the magnitudes, and with more time than a long look at each statement takes."""
     baseline = folder / "baseline"
     baseline.mkdir()
     for file in sorted((PROJECT / "examples/dieu45/baseline").glob("[!89]*.sql")):
@@ -156,7 +157,7 @@ def phase2(db: Database, folder: Path) -> Path:
     text = re.sub(r"max_duration: \w+", "max_duration: 20h", file.read_text())
     text = re.sub(r"backup: \w+", "backup: none", text)
     target = "sandbox"
-    if db.execute("SELECT FROM pg_extension WHERE extname = 'pgcrypto'"):
+    if db.execute("SELECT 1 FROM pg_extension WHERE extname = 'pgcrypto'"):
         target = "here"
         text = text.replace("  targets:\n", f"  targets:\n    here: {{database: {db.name}}}\n")
     file.write_text(text)
@@ -186,16 +187,12 @@ def _run(*words: str | Path, dsn: str | None = None) -> None:
         raise RuntimeError(f"{done.stdout}\n{done.stderr}")
 
 
-# --------------------------------------------------------------------------------------------------- how it is looked at
+# -------------------------------------------------------------------------------------------------- how it is looked at
 
 
 def meaning(db: Database) -> str:
     """A digest of everything that an apply can change, without what no two applies agree on: times, ids, versions."""
-    tables = [
-        name
-        for name in db.execute(governed.CATALOGS)
-        if name[0] not in {"pg_catalog", "information_schema"}
-    ]
+    tables = [name for name in db.execute(governed.CATALOGS) if name[0] not in {"pg_catalog", "information_schema"}]
     rows = {
         f"{schema}.{name}": db.conn.execute(
             sql.SQL(
@@ -248,7 +245,7 @@ def gone(server: Server) -> None:
             time.sleep(0.002)
 
 
-# ------------------------------------------------------------------------------------------------------------ the victim
+# ----------------------------------------------------------------------------------------------------------- the victim
 
 
 class Victim(Protocol):
@@ -319,7 +316,7 @@ def bring_up() -> None:
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             os.close(0)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: PTH123, SIM115
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             sys.argv = words
             try:
                 command()
@@ -352,7 +349,7 @@ class Running:
             with self._out.open("w") as out:
                 self.victim = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -367,7 +364,7 @@ class Running:
         return self.victim.wait()
 
 
-# ------------------------------------------------------------------------------------------------------------- the kills
+# ------------------------------------------------------------------------------------------------------------ the kills
 
 
 @dataclass
@@ -410,12 +407,15 @@ def kill(one: Arena, mode: str, number: int, started_by: subprocess.Popen[str] |
     with Proxy(one.server, trap) as proxy, Running(one, proxy.dsn(DATABASE), started_by) as run:
         deadline = time.monotonic() + LIMIT
         while not trap.reached.wait(0.01):
-            if run.victim.poll() is not None or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not at moment {number} in {LIMIT} s: {run.said()}")
+            if run.victim.poll() is not None:
+                fresh(one.server)
                 return None
         moment = trap.moment
         assert moment is not None
-        # The answer of what was done is lost; what was not done is sent into the void, and the server's last words come.
-        trap.cutting = mode == "client" or moment.when == "after"
+        # The answer of what was done is lost; what was not done is sent into the void.
+        trap.cutting = mode == "client" or moment.when == "after" or not moment.pid
         if mode == "client":
             run.victim.kill()
             run.victim.wait()
@@ -452,7 +452,7 @@ def _told(found: str, code: int, said: str) -> list[str]:
     return wrong + [said] * bool(wrong)
 
 
-def images(one: Arena, wanted: Sequence[int], tell: Any) -> Iterator[Round]:
+def images(one: Arena, wanted: Sequence[int], tell: Callable[[Round], None]) -> Iterator[Round]:
     """One apply, and at each wanted moment what a crash would leave."""
     made: list[Round] = []
     left = set(wanted)
@@ -477,11 +477,13 @@ def _image(one: Arena, moment: Moment) -> Round:
     copy = one.folder / "copy"
     copy.mkdir()
     copy.chmod(0o711)
-    cluster = sandbox.Cluster(copy, one.server.cluster._installed)  # noqa: SLF001 - the same programs
+    cluster = sandbox.Cluster(copy, one.server.cluster._installed)
     with _frozen(one.server):
         subprocess.run(["cp", "-a", one.server.cluster.data, copy / "data"], check=True)
+    for file in (copy / "data").glob(".s.PGSQL.*"):
+        file.unlink()  # the socket of the other
     try:
-        cluster.start(one.server.port)  # only part of the socket's name
+        cluster.start(one.server.port)
         server = Server(cluster, str(cluster.socket_directory), one.server.port, one.server.version, "")
         found, wrong = look(server, one)
         return Round("image", moment, found, None, tuple(wrong))
@@ -506,17 +508,20 @@ def _frozen(server: Server) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
 
 
-def scattered(moments: int, every: int) -> list[int]:
-    """Every so many-th moment; in an order that covers all of the apply early, so that half a run says something."""
-    chosen = list(range(1, moments + 1, every))
+def boundaries(moments: Sequence[Moment], every: int = 1, part: tuple[int, int] = (1, 1)) -> list[int]:
+    """Before each so many-th statement and after the last: after one is before the next. COMMIT always, on both sides.
+
+    part: only the k-th of n parts. In an order that covers all of the apply early, so that half a run says something.
+    """
+    before = [moment.number for moment in moments if moment.when == "before"]
+    commit = [moment.number for moment in moments if moment.text == "COMMIT"]
+    chosen = sorted({*before[::every], *commit, moments[-1].number})[part[0] - 1 :: part[1]]
     return [number for start in range(16) for number in chosen[start::16]]
 
 
-def matrix(one: Arena, modes: Sequence[str], every: int, tell: Any) -> list[Round]:
-    """Kill at every so many-th moment, in every one of the ways."""
-    moments = len(count(one))
+def matrix(one: Arena, modes: Sequence[str], chosen: Sequence[int], tell: Callable[[Round], None]) -> list[Round]:
+    """Kill at every chosen moment, in every one of the ways."""
     found: list[Round] = []
-    chosen = scattered(moments, every)
     with nursery() as started_by:
         try:
             for mode in modes:
@@ -525,7 +530,7 @@ def matrix(one: Arena, modes: Sequence[str], every: int, tell: Any) -> list[Roun
                     continue
                 for number in chosen:
                     done = kill(one, mode, number, started_by)
-                    # The second look of an apply may need a statement less than the first one did.
+                    # Not every apply needs as many statements as the one that was counted.
                     if done is not None:
                         found.append(done)
                         tell(done)
@@ -542,6 +547,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     parser = argparse.ArgumentParser(prog="python -m tests.fault.kill")
     parser.add_argument("--every", type=int, default=1, help="kill at every so many-th moment only")
+    parser.add_argument("--part", default="1/1", help="only the k-th of n parts, as k/n, for several machines")
     parser.add_argument("--modes", default="client,backend,image", help=f"of {', '.join(MODES)}")
     parser.add_argument("--server", default="16", help="embedded, or a major of the matrix")
     parser.add_argument("--system", default="phase2", choices=["phase2", "shop"])
@@ -560,8 +566,10 @@ def main(arguments: Sequence[str]) -> int:
     with arena(given.server, {"phase2": phase2, "shop": shop}[given.system]) as one:
         moments = count(one)
         statements = sum(moment.when == "before" for moment in moments)
-        print(f"{statements} statements, {len(moments)} moments", flush=True)  # noqa: T201
-        matrix(one, given.modes.split(","), given.every, tell)
+        first, _, of = given.part.partition("/")
+        chosen = boundaries(moments, given.every, (int(first), int(of)))
+        print(f"{statements} statements, {len(chosen)} boundaries", flush=True)  # noqa: T201
+        matrix(one, given.modes.split(","), chosen, tell)
     for (mode, found), number in sorted(rounds.items()):
         print(f"{mode:8} {found:8} {number}")  # noqa: T201
     between = sum(number for (_, found), number in rounds.items() if found == "between")

@@ -48,30 +48,76 @@ class Cut(Exception):
     """Ends a session: both sides are closed."""
 
 
+class Side:
+    """One end of the line: what was received and not taken yet."""
+
+    def __init__(self, own: socket.socket) -> None:
+        self.socket = own
+        self.received = b""
+
+    def read(self, count: int) -> bytes:
+        """So many bytes, as soon as they are there. Raises ConnectionError when the other end is gone."""
+        while len(self.received) < count:
+            more = self.socket.recv(65536)
+            if not more:
+                raise ConnectionError
+            self.received += more
+        data, self.received = self.received[:count], self.received[count:]
+        return data
+
+    def message(self) -> tuple[bytes, bytes]:
+        """One message: its kind, and all of it."""
+        head = self.read(5)
+        return head[:1], head + self.read(struct.unpack_from("!I", head, 1)[0] - 4)
+
+    def start(self) -> bytes:
+        """The first message of a session, after any question for encryption was answered with no."""
+        while True:
+            head = self.read(4)
+            start = head + self.read(struct.unpack("!I", head)[0] - 4)
+            if struct.unpack_from("!I", start, 4)[0] not in {SSL, GSS}:
+                return start
+            self.socket.sendall(b"N")
+
+    def request(self) -> tuple[bytes, str]:
+        """What a client sends until it waits for an answer, and the statement in it."""
+        whole, text = b"", ""
+        while True:
+            kind, message = self.message()
+            whole += message
+            body = message[5:]
+            if kind == b"Q":
+                return whole, body.rstrip(b"\0").decode()
+            if kind == b"P":
+                text = body.split(b"\0")[1].decode()
+            if kind in {b"S", b"X"}:
+                return whole, text
+
+
 @dataclass
 class Line:
     """One session. What a watcher may do with it at a moment."""
 
-    client: socket.socket
-    server: socket.socket
+    client: Side
+    server: Side
     pid: int = 0
     pending: bytes = b""
     """Not passed on yet: at `before` what the client sent, at `after` what the server answered."""
-    towards: socket.socket | None = None
+    towards: Side | None = None
     """Who waits for it."""
 
     def cut(self, passing: int = 0) -> NoReturn:
         """Pass on the first bytes of what is pending, then break the line for good."""
         with suppress(OSError):
             if self.towards is not None:
-                self.towards.sendall(self.pending[:passing])
+                self.towards.socket.sendall(self.pending[:passing])
         raise Cut
 
     def hang_up(self) -> None:
         """The client is gone, as the server would see it when its process was killed."""
         for side in (self.client, self.server):
             with suppress(OSError):
-                side.shutdown(socket.SHUT_RDWR)
+                side.socket.shutdown(socket.SHUT_RDWR)
 
 
 class Proxy:
@@ -126,21 +172,21 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         with client, socket.socket(socket.AF_UNIX) as server, suppress(OSError, Cut):
-            server.connect(self._address)
-            line = Line(client, server)
+            line = Line(Side(client), Side(server))
             self._lines.append(line)
             self._talk(line)
 
     def _talk(self, line: Line) -> None:
-        start = _start(line.client)
+        start = line.client.start()
         if struct.unpack_from("!I", start, 4)[0] == CANCEL:
-            line.server.sendall(start)
+            line.server.socket.connect(self._address)
+            line.server.socket.sendall(start)
             return
         self._turn(line, start, "")
         while True:
-            message, text = _request(line.client)
+            message, text = line.client.request()
             if message[:1] == b"X":
-                line.server.sendall(message)
+                line.server.socket.sendall(message)
                 return
             self._turn(line, message, text)
 
@@ -148,15 +194,18 @@ class Proxy:
         """One statement and its answer."""
         line.pending, line.towards = message, line.server
         self._moment(line, "before", text)
-        line.server.sendall(message)
+        if not line.pid:
+            # Not sooner: a connection that says nothing keeps a server from stopping for a minute.
+            line.server.socket.connect(self._address)
+        line.server.socket.sendall(message)
         try:
             line.pending, line.towards = _answer(line), line.client
         except EndOfAnswer as end:
             # What the server said before it went away belongs to the client.
-            line.client.sendall(end.said)
+            line.client.socket.sendall(end.said)
             raise Cut from None
         self._moment(line, "after", text)
-        line.client.sendall(line.pending)
+        line.client.socket.sendall(line.pending)
 
     def _moment(self, line: Line, when: Literal["before", "after"], text: str) -> None:
         with self._numbers:
@@ -173,40 +222,16 @@ class EndOfAnswer(Exception):
         self.said = said
 
 
-def _start(client: socket.socket) -> bytes:
-    """The first message of a session, after any question for encryption was answered with no."""
-    while True:
-        head = _read(client, 4)
-        start = head + _read(client, struct.unpack("!I", head)[0] - 4)
-        if struct.unpack_from("!I", start, 4)[0] not in {SSL, GSS}:
-            return start
-        client.sendall(b"N")
-
-
-def _request(client: socket.socket) -> tuple[bytes, str]:
-    """What the client sends until it waits for an answer, and the statement in it."""
-    whole, text = b"", ""
-    while True:
-        kind, message = _message(client)
-        whole += message
-        body = message[5:]
-        if kind == b"Q":
-            return whole, body.rstrip(b"\0").decode()
-        if kind == b"P":
-            text = body.split(b"\0")[1].decode()
-        if kind in {b"S", b"X"}:
-            return whole, text
-
-
 def _answer(line: Line) -> bytes:
     """What the server says until it is ready for more. Raises EndOfAnswer, and Cut when the client left."""
     said = b""
     while True:
-        ready, _, _ = select.select([line.client, line.server], [], [])
-        if line.client in ready and line.server not in ready:
-            raise Cut
+        if not line.server.received:
+            ready, _, _ = select.select([line.client.socket, line.server.socket], [], [])
+            if line.server.socket not in ready:
+                raise Cut
         try:
-            kind, message = _message(line.server)
+            kind, message = line.server.message()
         except OSError:
             raise EndOfAnswer(said) from None
         said += message
@@ -214,19 +239,3 @@ def _answer(line: Line) -> bytes:
             line.pid = struct.unpack_from("!I", message, 5)[0]
         if kind == b"Z":
             return said
-
-
-def _message(side: socket.socket) -> tuple[bytes, bytes]:
-    """One message: its kind, and all of it."""
-    head = _read(side, 5)
-    return head[:1], head + _read(side, struct.unpack_from("!I", head, 1)[0] - 4)
-
-
-def _read(side: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        more = side.recv(count - len(data))
-        if not more:
-            raise ConnectionError
-        data += more
-    return data

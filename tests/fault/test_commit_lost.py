@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sysconfig
 import threading
@@ -177,7 +178,7 @@ def test_a_transaction_that_is_still_open_is_not_called_rolled_back(
 
     def watch(moment: Moment, line: Line) -> None:
         if (moment.when, moment.text) == ("before", "COMMIT"):
-            line.client.shutdown(2)
+            line.client.socket.shutdown(socket.SHUT_RDWR)
             noticed.wait(LIMIT)
             line.cut(LENGTH)
 

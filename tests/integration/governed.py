@@ -345,6 +345,20 @@ def shop(db: Database, root: Path, apply: Mapping[str, Any] | None = None) -> Go
     return system.write()
 
 
+def applier(system: Governed) -> str:
+    """A role with everything that DESIGN 7 asks for, and no more: SET on the owner, CREATE, rows of the stores."""
+    role = system.db.role()
+    option = " WITH INHERIT FALSE, SET TRUE" if system.db.server.major >= 16 else ""
+    system.sql(
+        f"GRANT {system.owner} TO {role}{option}",
+        f"GRANT CREATE ON DATABASE {system.db.name} TO {role}",
+        f"GRANT USAGE ON SCHEMA app TO {role}",
+        f"GRANT SELECT, INSERT, UPDATE ON app.settings, app.heartbeat TO {role}",
+        f"GRANT SELECT ON app.cursor, app.job TO {role}",
+    )
+    return role
+
+
 def changed(document: Mapping[str, Any], path: Sequence[str | int], value: Any) -> dict[str, Any]:
     """A copy of a JSON document with one place changed."""
     copy: Any = deepcopy(dict(document))

@@ -626,7 +626,7 @@ def test_a_polite_signal_rolls_back_and_says_so(patient: Governed, number: signa
         os.kill(command.process.pid, number)
         code, out, err = command.end()
         assert (code, out) == (1, "")
-        assert err.splitlines()[-1] == "Interrupted. Whatever was under way was rolled back."
+        assert err.splitlines()[-1] == "Interrupted: nothing was changed."
         until(patient, GONE)
     assert image(patient.db) == before
     patient.apply(plan, [approval])

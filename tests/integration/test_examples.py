@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+HELD = "Invariants: 22 held, 0 violated, 4 attested, 0 not judged."
 
 
 def test_the_demo_does_the_main_job_and_leaves_nothing_behind() -> None:
@@ -23,6 +24,7 @@ def test_the_demo_does_the_main_job_and_leaves_nothing_behind() -> None:
         "  functions=515",
         "Plan: 10 to add, 1 to change, 0 to remove.",
         "Apply complete! 10 added, 1 changed, 0 removed.",
+        f"{HELD} Proofs: 15 passed, 1 rehearsed. Surface: 16 of 16 as predicted.",
         "  executors_stale=1, executor_name=iu_outbound_default, status_hint=stale, passive=True",
         "No changes. The database matches the desired state.",
         "Drift: 2 objects changed, 0 pending.",

@@ -18,6 +18,7 @@ from reconciler.errors import MissingPrivilege, Refused
 from reconciler.survey import survey
 from tests.conftest import BASELINE
 from tests.integration import governed
+from tests.integration.governed import applier
 from tests.servers import PROJECT, Database
 
 if TYPE_CHECKING:
@@ -416,20 +417,6 @@ def test_the_password_of_a_run_is_nowhere(dieu45: Database, state: Path, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------------ who may apply
-
-
-def applier(system: governed.Governed) -> str:
-    """A role with everything that DESIGN 7 asks for, and no more: SET on the owner, CREATE, rows of the stores."""
-    role = system.db.role()
-    option = " WITH INHERIT FALSE, SET TRUE" if system.db.server.major >= 16 else ""
-    system.sql(
-        f"GRANT {system.owner} TO {role}{option}",
-        f"GRANT CREATE ON DATABASE {system.db.name} TO {role}",
-        f"GRANT USAGE ON SCHEMA app TO {role}",
-        f"GRANT SELECT, INSERT, UPDATE ON app.settings, app.heartbeat TO {role}",
-        f"GRANT SELECT ON app.cursor, app.job TO {role}",
-    )
-    return role
 
 
 def test_a_role_with_exactly_what_is_needed_applies(db: Database, tmp_path: Path) -> None:

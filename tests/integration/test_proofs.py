@@ -15,7 +15,8 @@ import pytest
 
 from reconciler import apply as applying
 from reconciler import approve as approving
-from reconciler import desired, pg, prove, rehearsal, scaffold
+from reconciler import definitions, desired, pg, prove, rehearsal, scaffold
+from reconciler import plan as planning
 from reconciler.errors import Locked, ProofFailed, ServerProblem, UsageError
 from reconciler.model import digest
 from reconciler.survey import survey
@@ -24,6 +25,7 @@ from tests.integration.governed import image
 from tests.servers import PROJECT, Database, Server
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
@@ -336,16 +338,161 @@ def test_a_sequence_used_by_two_proofs_is_seen_in_both(small: Small) -> None:
     assert [verdict.status for verdict in report.proofs] == ["failed", "failed"]
 
 
-def test_a_foreign_table_is_seen(small: Small) -> None:
-    small.db.execute("CREATE EXTENSION postgres_fdw")
-    port = small.db.conn.info.port
+AWAY = """
+CREATE EXTENSION postgres_fdw;
+CREATE SERVER far FOREIGN DATA WRAPPER postgres_fdw OPTIONS (host '{host}', port '{port}', dbname '{name}');
+CREATE USER MAPPING FOR CURRENT_USER SERVER far OPTIONS (user 'postgres');
+CREATE FOREIGN TABLE public.away (id integer, note text) SERVER far OPTIONS (table_name 'thing');
+CREATE FUNCTION public.tries() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO public.away VALUES (8, 'eight');
+    RAISE 'no';
+EXCEPTION WHEN raise_exception THEN NULL;
+END $$
+"""
+USED, CONNECTED = "foreign table public.away was used", "a connection to foreign server far"
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("when", "words"),
+    [
+        ("INSERT INTO public.away VALUES (7, 'seven')", f"{USED}, {CONNECTED}"),
+        ("SELECT id FROM public.away WHERE id > 100", f"{USED}, {CONNECTED}"),
+        # The block that caught the error gave its lock back.
+        ("SELECT public.tries()", CONNECTED),
+    ],
+)
+def test_a_foreign_table_is_seen(small: Small, when: str, words: str) -> None:
+    info = small.db.conn.info
+    small.db.execute(AWAY.format(host=info.host, port=info.port, name=small.db.name))
+    verdict = small.play(when=when, then=[{"query": THING, "equals": "one"}])
+    assert (verdict.status, verdict.detail) == ("failed", f"escaped the rollback: {words}")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("which", ["lo_from_bytea(0, 'new')", "(SELECT oid FROM pg_largeobject_metadata LIMIT 1)"])
+def test_an_export_of_a_large_object_is_seen(small: Small, which: str) -> None:
+    """From inside a function, where nobody reads its name: the file is there whatever is rolled back."""
+    small.db.execute("SELECT lo_from_bytea(0, 'there before')")
     small.db.execute(
-        f"CREATE SERVER far FOREIGN DATA WRAPPER postgres_fdw OPTIONS (host '{small.db.conn.info.host}', port '{port}',"
-        f" dbname '{small.db.name}'); CREATE USER MAPPING FOR CURRENT_USER SERVER far OPTIONS (user 'postgres');"
-        " CREATE FOREIGN TABLE public.away (id integer, note text) SERVER far OPTIONS (table_name 'thing')"
+        "CREATE FUNCTION public.exports() RETURNS void LANGUAGE plpgsql AS"
+        f" $$ DECLARE which oid := {which};"
+        " BEGIN PERFORM lo_export(which, current_setting('data_directory') || '/exported'); END $$"
     )
-    verdict = small.play(when="INSERT INTO public.away VALUES (7, 'seven')", then=[{"returns": []}])
-    assert verdict.detail == "escaped the rollback: foreign table public.away was used"
+    verdict = small.play(when="SELECT public.exports()", then=[{"returns": {}}])
+    words = "large objects were used, which can be files by now"
+    assert (verdict.status, verdict.detail) == ("failed", f"escaped the rollback: {words}")
+    exported = small.db.server.cluster.home / "data" / "exported"
+    assert exported.exists()
+    exported.unlink()
+
+
+FAR = """
+CREATE EXTENSION dblink;
+CREATE FUNCTION public.far(statement text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    PERFORM public.dblink_exec({dsn}, statement);
+END $$;
+CREATE FUNCTION public.far_in_sql(statement text) RETURNS bigint LANGUAGE sql AS
+$$ SELECT count(*) FROM public.dblink({dsn}, statement) AS t (id integer) $$;
+CREATE FUNCTION public.far_by_name(statement text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('SELECT public.%I(%L, %L)', 'dbli' || 'nk_exec', {dsn}, statement);
+END $$;
+CREATE FUNCTION public.far_and_error(statement text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM public.dblink_exec({dsn}, statement);
+    RAISE 'nothing happened' USING ERRCODE = 'P0001';
+END $$;
+CREATE FUNCTION public.far_and_caught(statement text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE said text;
+BEGIN
+    said := public.dblink_exec({dsn}, statement || ' RETURNING id');
+EXCEPTION WHEN OTHERS THEN RETURN 'caught';
+END $$;
+CREATE FUNCTION public.far_on_insert() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM public.far('DELETE FROM public.thing WHERE id = 9');
+    RETURN NEW;
+END $$;
+CREATE TRIGGER far BEFORE INSERT ON public.thing FOR EACH ROW EXECUTE FUNCTION public.far_on_insert();
+"""
+DBLINK: dict[str, tuple[str, list[dict[str, Any]], str]] = {
+    "plpgsql": ("SELECT public.far('{insert}')", [{"returns": {}}], "public.dblink_exec(text,text)"),
+    "sql": (
+        "SELECT public.far_in_sql('{insert} RETURNING id')",
+        [{"returns": {"far_in_sql": 1}}],
+        "public.dblink(text,text)",
+    ),
+    "a name put together": (
+        "SELECT public.far_by_name('{insert}')",
+        [{"returns": {}}],
+        "public.dblink_exec(text,text)",
+    ),
+    "an error that is expected": (
+        "SELECT public.far_and_error('{insert}')",
+        [{"raises": "P0001"}],
+        "public.dblink_exec(text,text)",
+    ),
+    "a call that fails after it worked": (
+        "SELECT public.far_and_caught('{insert}')",
+        [{"returns": {"far_and_caught": "caught"}}],
+        "public.dblink_exec(text,text)",
+    ),
+    "a trigger": (
+        "INSERT INTO public.thing VALUES (5, 'five')",
+        [{"query": THING, "equals": "one"}],
+        "public.dblink_exec(text,text)",
+    ),
+}
+
+
+@pytest.fixture
+def linked(small: Small) -> Small:
+    """With dblink, and functions that use it to come back to the same database as somebody else."""
+    small.db.execute(FAR.replace("{dsn}", f"'{small.db.dsn}'"))
+    return small
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", DBLINK)
+def test_what_a_body_does_over_a_connection_of_its_own_is_seen(linked: Small, name: str) -> None:
+    when, then, function = DBLINK[name]
+    verdict = linked.play(when=when.format(insert="INSERT INTO public.thing VALUES (77)"), then=then)
+    words = f"{function} was called, which no rollback reaches"
+    assert (verdict.status, verdict.detail) == ("failed", f"escaped the rollback: {words}")
+    # That is the harm: it stands.
+    assert linked.db.execute("SELECT count(*) FROM public.thing WHERE id = 77") == [(int(name != "a trigger"),)]
+
+
+def test_dblink_that_nobody_calls_is_no_escape(linked: Small) -> None:
+    linked.db.execute("ALTER TABLE public.thing DISABLE TRIGGER far")
+    assert linked.play(**PASSING["raises"]).status == "passed"
+    assert linked.play(when="SELECT public.answer()", then=[{"returns": {"refused": True}}]).status == "passed"
+
+
+@pytest.mark.smoke
+def test_calls_that_may_not_be_counted_are_not_judged(linked: Small) -> None:
+    """Not seen is not held: a role that may not have calls counted plays no proof where dblink is installed."""
+    role = linked.db.role()
+    one = {"reason": "A test.", "when": "SELECT 1 AS a", "then": [{"returns": {"a": 1}}]}
+    wanted = desired.load(linked.state(one=one), None)
+    (verdict,) = prove.prove(linked.db.dsn_as(role), wanted).proofs
+    assert (verdict.status, verdict.missing) == ("not_judged", "SET on parameter track_functions")
+    assert "public.dblink(text) and " in verdict.detail
+    linked.db.execute(f"ALTER ROLE {role} SET track_functions = 'all'")
+    (verdict,) = prove.prove(linked.db.dsn_as(role), wanted).proofs
+    assert verdict.status == "passed"
+    linked.db.execute(f"ALTER ROLE {role} RESET track_functions")
+    if linked.db.server.major >= 15:
+        linked.db.execute(f"GRANT SET ON PARAMETER track_functions TO {role}")
+        (verdict,) = prove.prove(linked.db.dsn_as(role), wanted).proofs
+        assert verdict.status == "passed"
+        linked.db.execute(f"REVOKE SET ON PARAMETER track_functions FROM {role}")
+    linked.db.execute("DROP EXTENSION dblink CASCADE")
+    (verdict,) = prove.prove(linked.db.dsn_as(role), wanted).proofs
+    assert verdict.status == "passed"
 
 
 def test_the_role_holds_for_when_only(small: Small) -> None:
@@ -714,5 +861,182 @@ def test_waiting_for_a_lock_is_seen_by_two_sessions_only(before: Phase2, db: Dat
     wanted = desired.load(before.state, "here")
     report = rehearsal.prove(before.db.dsn, wanted, scratch=db.dsn)
     found = words(report.proofs)
-    assert found.pop("proof.X5").startswith("when: canceling statement due to statement timeout")
+    assert found.pop("proof.X5").startswith("step 1: when: canceling statement due to statement timeout")
     assert found == dict.fromkeys(SHIPPED, "rehearsed")
+
+
+# --- a rehearsal, carried into an apply -------------------------------------------------------------------------------
+
+
+class Carried:
+    """Phase 2, planned, approved and rehearsed by the command, with all files in one folder."""
+
+    def __init__(self, before: Phase2, scratch: Database, folder: Path) -> None:
+        self.before = before
+        self.scratch = scratch
+        self.plan_file = folder / "phase2.plan"
+        self.report = folder / "phase2.rehearsal.json"
+        self.folder = folder
+
+    def run(self, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = governed.command(*words, dsn=self.before.db.dsn)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    def plan(self) -> None:
+        self.run("plan", "-s", self.before.state, "-t", "here", "--out", self.plan_file)
+        made = json.loads(self.plan_file.read_text())
+        hazards = {hazard for change in (*made["setup"], *made["changes"]) for hazard in change["hazards"]}
+        accept = [word for hazard in sorted(hazards) for word in ("--accept", hazard)]
+        attest = governed.attests(self.plan_file)
+        self.run("approve", self.plan_file, "--as", "operator", "--reason", "a test", *accept, *attest)
+
+    def rehearse(self, code: int = 0) -> None:
+        words = ("prove", "-s", self.before.state, "-t", "here", "--rehearse", "--scratch", self.scratch.dsn)
+        done = self.run(*words, "--out", self.report, code=code)
+        assert f"reconciler apply PLAN --rehearsal {self.report}" in done.stderr
+
+    def apply(self, *more: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        return self.run("apply", self.plan_file, "--initialize", "--rehearsal", self.report, *more, code=code)
+
+    def forge(self, **changes: Any) -> None:
+        """As somebody would who can compute a checksum."""
+        document = json.loads(self.report.read_text())
+        self.report.write_bytes(planning.serialize({**document, **changes}))
+
+
+@pytest.fixture
+def rehearsed(before: Phase2, db: Database, tmp_path: Path) -> Carried:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    made = Carried(before, db, folder)
+    made.plan()
+    return made
+
+
+@pytest.mark.smoke
+def test_a_rehearsal_is_carried_into_an_apply_and_told_as_one(rehearsed: Carried) -> None:
+    rehearsed.rehearse()
+    place = rehearsed.folder / "run"
+    done = rehearsed.apply("--evidence", place)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("Invariants: ")]
+    assert line.endswith(" Proofs: 15 passed, 1 rehearsed. Surface: 16 of 16 as predicted.")
+    found = json.loads((place / "evidence.json").read_text())
+    words_ = {row["address"].partition("-")[0]: row for row in found["proofs"]}
+    assert words_["proof.X5"]["status"] == "rehearsed"
+    ((version,),) = rehearsed.scratch.execute("SELECT split_part(current_setting('server_version'), ' ', 1)")
+    where = rf"; rehearsed on PostgreSQL {re.escape(version)}, schema [0-9a-f]{{16}}, by the report of [0-9TZ:-]+$"
+    assert re.search(where, words_["proof.X5"]["detail"])
+    assert {row["status"] for name, row in words_.items() if name != "proof.X5"} == {"passed"}
+    assert (place / "rehearsal.json").read_bytes() == rehearsed.report.read_bytes()
+    assert "rehearsal.json" in (place / "SHA256SUMS").read_text()
+    report = (place / "report.md").read_text()
+    assert "Proofs: 15 passed, 1 rehearsed" in report
+    assert "nobody signed it, and this run did not see it happen" in report
+    assert "No changes." in rehearsed.run("plan", "-s", rehearsed.before.state, "-t", "here").stdout
+
+
+def test_a_rehearsal_of_other_effects_is_refused_before_anything_begins(rehearsed: Carried) -> None:
+    rehearsed.rehearse()
+    rehearsed.before.edit("gates.yaml", 'value: "10"', 'value: "20"')
+    rehearsed.plan()
+    before = image(rehearsed.before.db)
+    done = rehearsed.apply("--evidence", rehearsed.folder / "run", code=1)
+    assert "The rehearsal was of other effects" in done.stderr
+    assert not (rehearsed.folder / "run").exists()
+    assert image(rehearsed.before.db) == before
+
+
+def test_a_rehearsal_on_another_schema_is_stale(rehearsed: Carried) -> None:
+    rehearsed.rehearse()
+    rehearsed.before.db.execute("CREATE TABLE public.later (id integer)")
+    before = image(rehearsed.before.db)
+    done = rehearsed.apply("--format", "json", code=4)
+    assert json.loads(done.stdout)["outcome"] == "stale"
+    assert "the schema is not the one that was copied" in done.stderr
+    assert image(rehearsed.before.db) == before
+    rehearsed.before.db.execute("DROP TABLE public.later")
+    rehearsed.apply()
+
+
+def test_a_proof_that_failed_on_the_rehearsal_rolls_the_apply_back(rehearsed: Carried) -> None:
+    rehearsed.before.edit("functions/fn_job_claim.sql", "FOR UPDATE SKIP LOCKED", "FOR UPDATE")
+    rehearsed.plan()
+    rehearsed.rehearse(code=3)
+    before = image(rehearsed.before.db)
+    done = rehearsed.apply("--evidence", rehearsed.folder / "run", "--format", "json", code=3)
+    assert json.loads(done.stdout)["outcome"] == "proof_failed"
+    found = json.loads((rehearsed.folder / "run" / "evidence.json").read_text())
+    assert found["outcome"] == "proof_failed"
+    assert [row["address"] for row in found["proofs"] if row["status"] == "failed"] == [TWO_SESSIONS]
+    assert image(rehearsed.before.db) == before
+
+
+def test_a_forged_report_says_no_more_than_rehearsed(rehearsed: Carried) -> None:
+    """Nobody signs a report, so a lie about the one proof that no apply plays is told, as a report's word. No other."""
+    rehearsed.rehearse()
+    proofs = json.loads(rehearsed.report.read_text())["proofs"]
+    lied = [
+        {**row, "status": "failed" if row["address"] != TWO_SESSIONS else "rehearsed", "detail": "x"} for row in proofs
+    ]
+    rehearsed.forge(proofs=[{**row, "status": "passed"} for row in proofs])
+    before = image(rehearsed.before.db)
+    assert "No rehearsal can say passed" in rehearsed.apply(code=1).stderr
+    rehearsed.report.write_text(rehearsed.report.read_text().replace("passed", "rehearsed"))
+    assert "changed after it was written" in rehearsed.apply(code=1).stderr
+    assert image(rehearsed.before.db) == before
+    rehearsed.report.write_bytes(planning.serialize({**json.loads(rehearsed.report.read_text()), "proofs": lied}))
+    done = rehearsed.apply("--format", "json")
+    said = {row["address"]: (row["status"], row["detail"]) for row in json.loads(done.stdout)["proofs"]}
+    assert said.pop(TWO_SESSIONS)[0] == "rehearsed"
+    assert {status for status, _ in said.values()} == {"passed"}
+    assert "x" not in {detail for _, detail in said.values()}
+
+
+def test_a_report_of_proofs_on_the_target_is_no_rehearsal(rehearsed: Carried) -> None:
+    done = rehearsed.run("prove", "-s", rehearsed.before.state, "-t", "here", "--out", rehearsed.report, code=1)
+    assert "Add --rehearse." in done.stderr
+    assert not rehearsed.report.exists()
+
+
+def test_the_digest_of_a_schema_sees_what_a_proof_could_depend_on(db: Database) -> None:
+    db.execute(
+        "CREATE TABLE public.t (id integer, note text); CREATE VIEW public.v AS SELECT id FROM public.t;"
+        " CREATE FUNCTION public.f() RETURNS integer LANGUAGE sql AS 'SELECT 1'; CREATE TYPE public.mood AS ENUM ('a');"
+        " CREATE DOMAIN public.positive AS integer CHECK (VALUE > 0)"
+    )
+    role = db.role()
+
+    def now() -> str:
+        with pg.connect(db.dsn, "test") as conn, pg.snapshot(conn):
+            return definitions.of_schema(conn)
+
+    seen = {now()}
+    changes = (
+        "ALTER TABLE public.t ALTER note SET NOT NULL",
+        "ALTER TABLE public.t ADD CONSTRAINT c CHECK (id > 0)",
+        "CREATE INDEX ON public.t (id)",
+        "CREATE FUNCTION public.g() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+        "CREATE TRIGGER g BEFORE INSERT ON public.t FOR EACH ROW EXECUTE FUNCTION public.g()",
+        "ALTER TABLE public.t DISABLE TRIGGER g",
+        "CREATE OR REPLACE FUNCTION public.f() RETURNS integer LANGUAGE sql AS 'SELECT 2'",
+        "ALTER FUNCTION public.f() SECURITY DEFINER",
+        f"GRANT SELECT ON public.t TO {role}",
+        f"GRANT UPDATE (note) ON public.t TO {role}",
+        f"GRANT EXECUTE ON FUNCTION public.f() TO {role}",
+        f"ALTER TABLE public.t OWNER TO {role}",
+        "ALTER TABLE public.t ENABLE ROW LEVEL SECURITY",
+        "CREATE POLICY p ON public.t USING (id = 1)",
+        "CREATE OR REPLACE VIEW public.v AS SELECT id + 0 AS id FROM public.t",
+        "ALTER TYPE public.mood ADD VALUE 'b'",
+        "ALTER DOMAIN public.positive ADD CHECK (VALUE < 10)",
+        "CREATE EXTENSION btree_gist",
+        "CREATE SCHEMA other",
+    )
+    for statement in changes:
+        db.execute(statement)
+        seen.add(now())
+    assert len(seen) == len(changes) + 1
+    # Rows are no part of it.
+    db.execute("INSERT INTO public.t VALUES (1, 'x')")
+    assert now() in seen

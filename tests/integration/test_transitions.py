@@ -115,6 +115,26 @@ def test_a_deferred_trigger_is_seen_before_commit(shop: Governed) -> None:
     assert "1 row written" in refused(shop, "invariant.outbox-untouched")
 
 
+@pytest.mark.parametrize("check", ["invariant.outbox-untouched", "surface.background", "surface.unchanged"])
+def test_a_write_by_another_backend_on_our_behalf_is_seen(shop: Governed, check: str) -> None:
+    """Over dblink: no lock of ours tells of it, and what it wrote stands."""
+    count = "SELECT pg_catalog.count(*) FROM app.outbox"
+    shop.sql("CREATE EXTENSION dblink SCHEMA app")
+    shop.state["surface"] = {
+        "background": {"query": count, "expect": "background", "relation": "app.outbox"},
+        "unchanged": {"query": count},
+    }
+    shop.write()
+    insert = "INSERT INTO app.outbox (note) VALUES (''x'')"
+    behind_our_back(shop, f"PERFORM app.dblink_exec('{shop.db.dsn}', '{insert}');")
+    with pytest.raises(Violated) as caught:
+        shop.apply(shop.plan())
+    (line,) = [line for line in caught.value.details if line.startswith(f"{check}: ")]
+    assert "app.dblink_exec(text,text) was called, which no rollback reaches" in line
+    assert shop.db.execute("SELECT count(*) FROM app.outbox") == [(11,)]
+    assert shop.entries() == 0
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -55,6 +55,7 @@ def test_an_approval_says_what_who_why_and_until_when() -> None:
         "attestations": (),
         "issued_at": "2026-05-22T12:00:00Z",
         "expires_at": "2026-05-23T12:00:00Z",
+        "break_glass": False,
         "signature": None,
     }
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", given.id)
@@ -122,7 +123,7 @@ def test_proofs_alone_have_a_word_of_their_own(status: str) -> None:
 
 
 def test_a_policy_that_asks_for_signatures_is_not_served_without() -> None:
-    with pytest.raises(NotApproved, match="signed approvals"):
+    with pytest.raises(NotApproved, match="must be signed"):
         approve(plan(signed=True))
 
 
@@ -165,15 +166,15 @@ def test_an_expiry_that_is_no_duration(expires: str) -> None:
 
 
 def verify(*given: Approval, **facts: Any) -> None:
-    whole: dict[str, Any] = {
-        "effect_digest": plan().effect_digest,
-        "hazards": HAZARDS,
-        "attestations": (),
+    whole: dict[str, Any] = {"effect_digest": plan().effect_digest, "hazards": HAZARDS, "attestations": ()}
+    court: dict[str, Any] = {
         "policy": states.policy(),
+        "allowed": "",
         "used": (),
         "now": states.NOW + timedelta(hours=1),
     }
-    approvals.verify(given, **{**whole, **facts})
+    judged = approvals.Court(**{name: facts.pop(name, value) for name, value in court.items()})
+    approvals.verify(given, judged, **{**whole, **facts})
 
 
 def reasons(*given: Approval, **facts: Any) -> list[str]:
@@ -269,7 +270,10 @@ def test_the_installed_policy_decides_about_signatures() -> None:
 
 def test_a_signature_that_nobody_checks_is_none() -> None:
     forged = approve().model_copy(update={"signature": "-----BEGIN SSH SIGNATURE-----"})
-    assert reasons(forged, policy=states.policy(signed=True))[-1] == "0 of 1 approvals"
+    for signed in (True, False):
+        assert reasons(forged, policy=states.policy(signed=signed))[0].startswith(
+            "the approval of operator holds no signature that OpenSSH can read"
+        )
 
 
 def test_distinct_people_count() -> None:

@@ -129,6 +129,7 @@ def problems(folder: Path, *proofs: dict[str, Any], gates: str = "[]") -> list[s
     return [problem.message for problem in refused.value.problems]
 
 
+TWO = {"sessions": 2, "holder": ["SELECT 1"]}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"reason": ""}, "at least 1 character"),
     ({"then": []}, "at least 1"),
@@ -151,7 +152,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"arm": {"app.enabld": "true"}}, "gate 'app.enabld' is not declared"),
     ({"holder": ["SELECT 1"]}, "`holder` needs `sessions: 2`"),
     ({"within": "2s"}, "`within` needs `sessions: 2`"),
+    ({"release": "commit"}, "`release` needs `sessions: 2`"),
+    ({"meanwhile": ["SELECT 1"]}, "`meanwhile` needs `sessions: 2`"),
+    ({"pause": {"after": "insert", "on": "public.t"}}, "`pause` needs `sessions: 2`"),
     ({"sessions": 2}, "`sessions: 2` needs `holder`"),
+    ({**TWO, "release": "end"}, ""),
+    ({**TWO, "meanwhile": ["SELECT 1"]}, "`meanwhile` needs `release`"),
+    ({**TWO, "meanwhile": ["COMMIT"], "release": "commit"}, "COMMIT is not allowed"),
+    ({**TWO, "pause": {"after": "insert", "on": "public.t"}}, "`pause` needs `release`"),
+    ({**TWO, "pause": {"on": "public.t"}, "release": "commit"}, "exactly one of `before` and `after`"),
+    ({**TWO, "pause": {"after": "insert", "before": "insert", "on": "public.t"}}, "exactly one of `before` and"),
+    ({**TWO, "pause": {"after": "truncate", "on": "public.t"}, "release": "commit"}, ""),
+    ({**TWO, "pause": {"after": "insert", "on": "t"}, "release": "commit"}, "is no qualified name"),
     ({"sessions": 3}, ""),
     ({"advances": ["s"]}, "is no qualified name"),
     ({"steps": [{"when": "SELECT 1", "then": [{"returns": []}]}]}, "unknown key"),

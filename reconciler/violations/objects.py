@@ -11,8 +11,8 @@ from psycopg import sql
 
 from reconciler import pg
 from reconciler.parts import raw
-from reconciler.rowmaking import Relation, describe
-from reconciler.tampering import NAME, Tampering, new_extension, of_function, of_table
+from reconciler.violations.relations import Relation, describe
+from reconciler.violations.tampering import NAME, Tampering, new_extension, of_function, of_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -82,7 +82,7 @@ def named(conn: pg.Connection, texts: Sequence[str]) -> Named:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- making
+# --------------------------------------------------------------------------------------------------------------- making
 
 
 NAME_COLUMNS = {

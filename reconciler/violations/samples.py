@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from itertools import chain, islice, product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from postgast import pg_query_pb2 as pb
 from postgast import walk
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
     from psycopg.sql import Composable
+
+_T = TypeVar("_T")
 
 ENOUGH = 48
 """How many values are tried in one column."""
@@ -38,14 +41,18 @@ class Column(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-# ----------------------------------------------------------------------------------------------------------- constants
+# ------------------------------------------------------------------------------------------------------------ constants
 
 
 class Constants(NamedTuple):
-    """What a condition says: texts to try in each column that it compares, and all texts in their order."""
+    """What a condition says: texts to try in each column that it compares, and all texts in their order.
+
+    groups: for each column the texts of each comparison apart: a key and what is found there belong together.
+    """
 
     columns: dict[str, tuple[str, ...]]
     every: tuple[str, ...]
+    groups: dict[str, tuple[tuple[str, ...], ...]] = {}
 
 
 _LIKE = (pb.AEXPR_LIKE, pb.AEXPR_ILIKE)
@@ -67,22 +74,32 @@ def constants_of(tree: Message) -> Constants:
                 yield from samples.get(inner.location, _plain)(text)
 
     columns: dict[str, dict[str, None]] = {}
+    groups: dict[str, dict[tuple[str, ...], None]] = {}
     for holder in holders:
         found = dict.fromkeys(texts(holder))
         for name in _column_names(holder):
             columns.setdefault(name, {}).update(found)
-    return Constants({name: tuple(found) for name, found in columns.items()}, tuple(dict.fromkeys(texts(tree))))
+            groups.setdefault(name, {})[tuple(found)] = None
+    return Constants(
+        {name: tuple(found) for name, found in columns.items()},
+        tuple(dict.fromkeys(texts(tree))),
+        {name: tuple(found) for name, found in groups.items()},
+    )
 
 
 def joined(parts: Iterable[Constants]) -> Constants:
     """The constants of several trees."""
-    columns: dict[str, dict[str, None]] = {}
-    every: dict[str, None] = {}
-    for part in parts:
-        every |= dict.fromkeys(part.every)
-        for name, texts in part.columns.items():
-            columns.setdefault(name, {}).update(dict.fromkeys(texts))
-    return Constants({name: tuple(texts) for name, texts in columns.items()}, tuple(every))
+    whole = list(parts)
+    names = list(dict.fromkeys(name for part in whole for name in part.columns))
+    return Constants(
+        {name: _once(part.columns.get(name, ()) for part in whole) for name in names},
+        _once(part.every for part in whole),
+        {name: _once(part.groups.get(name, ()) for part in whole) for name in names},
+    )
+
+
+def _once(parts: Iterable[Iterable[_T]]) -> tuple[_T, ...]:
+    return tuple(dict.fromkeys(chain.from_iterable(parts)))
 
 
 def mentioned(tree: Message, *, shown: bool) -> set[str]:
@@ -140,7 +157,7 @@ def _plain(text: str) -> list[str]:
     return [*(element for element in elements if element and ":" not in element), text]
 
 
-# ------------------------------------------------------------------------------------------------------------ patterns
+# ------------------------------------------------------------------------------------------------------------- patterns
 
 
 def like(pattern: str) -> list[str]:
@@ -156,16 +173,16 @@ def like(pattern: str) -> list[str]:
 
 _CHARACTERS = "ax0A_- .@:/é"
 _CLASSES = {
-    "alpha": "axA",
-    "digit": "09",
-    "alnum": "a0",
-    "upper": "A",
-    "lower": "a",
-    "space": " \t",
-    "blank": " ",
-    "punct": ".,-",
-    "xdigit": "0a",
-    "word": "a_",
+    "alpha": string.ascii_letters + "é",
+    "digit": string.digits,
+    "alnum": string.ascii_letters + "é" + string.digits,
+    "upper": string.ascii_uppercase,
+    "lower": string.ascii_lowercase + "é",
+    "space": string.whitespace,
+    "blank": " \t",
+    "punct": string.punctuation,
+    "xdigit": string.hexdigits,
+    "word": string.ascii_letters + "é" + string.digits + "_",
 }
 _ESCAPES = {"d": "digit", "w": "word", "s": "space"}
 _VARIANTS = 8
@@ -296,7 +313,7 @@ def _uneven(rows: Sequence[Sequence[str]]) -> Iterator[list[str]]:
         yield [row[number] for row in rows if number < len(row)]
 
 
-# -------------------------------------------------------------------------------------------------------------- values
+# --------------------------------------------------------------------------------------------------------------- values
 
 
 def fresh(column: Column, number: int) -> str | None:
@@ -314,8 +331,11 @@ def fresh(column: Column, number: int) -> str | None:
             return None
 
 
-def guesses(column: Column, texts: Sequence[str]) -> list[Composable]:
-    """What to try in a column that is compared with these texts: expressions without type, the likeliest first."""
+def guesses(column: Column, texts: Sequence[str], groups: Sequence[Sequence[str]] = ()) -> list[Composable]:
+    """What to try in a column that is compared with these texts: expressions without type, the likeliest first.
+
+    groups: as in Constants.
+    """
     own = [sql.Literal(text) for text in (fresh(column, 0), fresh(column, 1)) if text is not None]
     match column.category:
         case "B":
@@ -333,9 +353,10 @@ def guesses(column: Column, texts: Sequence[str]) -> list[Composable]:
         case "A":
             found = _literals(_arrays(column, texts))
         case _ if column.type in {"json", "jsonb"}:
-            found = _literals(_documents(texts))
+            found = _literals(_documents(texts, groups))
         case _:
-            found = chain(_literals(texts), own, _literals(["", "0", "1", "x", "empty", "(,)", "{}", "::1"]))
+            hosts = [text.partition("/")[0] for text in texts if "/" in text]
+            found = chain(_literals([*texts, *hosts]), own, _literals(["", "0", "1", "x", "empty", "(,)", "{}", "::1"]))
     unique: dict[str, Composable] = {}
     for one in found:
         unique.setdefault(one.as_string(None), one)
@@ -352,7 +373,7 @@ def _number(text: str) -> str | None:
 
 def _edges(texts: Sequence[str]) -> Iterator[str]:
     """Blank, other cases, longer ones, glued ones, and texts of the lengths that are named."""
-    yield from ("", " ")
+    yield from ("", " ", "Ab")
     few = texts[:4]
     yield from (f"{text}x" for text in texts[:8])
     yield from (change(text) for text in few for change in (str.upper, str.lower) if change(text) != text)
@@ -405,16 +426,22 @@ def _arrays(column: Column, texts: Sequence[str]) -> Iterator[str]:
     if (own := fresh(column._replace(category=column.element, type=column.type.removesuffix("[]")), 0)) is not None:
         yield array([own])
     yield "{NULL}"
+    lengths = [int(text) for text in texts if re.fullmatch(r"\d{1,3}", text)]
+    yield from (array(["1"] * length) for number in lengths for length in (number, number + 1))
+    yield "0"  # int2vector, oidvector
 
 
-def _documents(texts: Sequence[str]) -> Iterator[str]:
-    """JSON: each text as a document, as a key and as a value below a key."""
+def _documents(texts: Sequence[str], groups: Sequence[Sequence[str]]) -> Iterator[str]:
+    """JSON: what the comparisons together speak of; each text as a document, as a key and as a value below a key."""
     plain = ["null", '"x"', "0", "-1", "1000000", "true", "[]", "{}"]
     documents = [text for text in texts if _document(text)]
     near = [str(int(text) + step) for text in documents if re.fullmatch(r"-?\d{1,15}", text) for step in (1, -1)]
     keys = [text for text in texts if not _document(text) and not re.fullmatch(r"\{.*\}|\$.*", text)]
     values = [*documents, *near, *(json.dumps(key, ensure_ascii=False) for key in keys), *plain]
     yield from ("{}", *documents)
+    told = {json.dumps(group[0], ensure_ascii=False): list(_told(group[1:])) for group in groups if len(group) > 1}
+    for number in range(3 if len(told) > 1 else 0):
+        yield "{" + ", ".join(f"{name}: {some[min(number, len(some) - 1)]}" for name, some in told.items()) + "}"
     named = [json.dumps(key, ensure_ascii=False) for key in keys[:6]]
     for value in values[:10]:
         yield from (f"{{{name}: {value}}}" for name in named)
@@ -424,6 +451,15 @@ def _documents(texts: Sequence[str]) -> Iterator[str]:
     yield from (f"{{{a}: {{{b}: {value}}}}}" for a, b, value in nested)
     yield from (f"[{value}]" for value in values[:4])
     yield from plain
+
+
+def _told(texts: Sequence[str]) -> Iterator[str]:
+    """A value below a key: the first text, and numbers beside it."""
+    for text in texts[:1]:
+        if re.fullmatch(r"-?\d{1,15}", text):
+            yield from (text, str(int(text) + 1), str(int(text) - 1))
+        else:
+            yield text if _document(text) else json.dumps(text, ensure_ascii=False)
 
 
 def _document(text: str) -> bool:

@@ -12,14 +12,14 @@ from psycopg import sql
 
 from reconciler import pg
 from reconciler.parts import raw
-from reconciler.samples import guesses
+from reconciler.violations.samples import guesses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from psycopg.sql import Composed
 
-    from reconciler.rowmaking import Relation
+    from reconciler.violations.relations import Relation
 
 NAME = "reconciler_violation"
 """What is made is called so."""
@@ -38,7 +38,7 @@ def _one(words: str, *statements: Composed) -> Tampering:
     return Tampering(words, (statements,))
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def of_table(conn: pg.Connection, relation: Relation) -> list[Tampering]:
@@ -223,9 +223,12 @@ SELECT c.relname::pg_catalog.text AS name
 
 
 def _indexes(conn: pg.Connection, relation: Relation) -> Iterator[Tampering]:
-    # Building an index writes numbers to the newest version of the table's row in pg_class, and that is not undone by
-    # a rollback; a version of our own is.
-    own = sql.SQL("UPDATE pg_catalog.pg_class SET relname = relname WHERE oid = {}").format(sql.Literal(relation.oid))
+    # Building an index writes to the newest version of the table's row in pg_class, and that is not undone by a
+    # rollback; a version of our own is.
+    own = sql.SQL(
+        "UPDATE pg_catalog.pg_class SET relname = relname"
+        " WHERE oid = {0} OR oid IN (SELECT relid FROM pg_catalog.pg_partition_tree({0}::pg_catalog.regclass))"
+    ).format(sql.Literal(relation.oid))
     yield Tampering(
         "an index added",
         tuple(
@@ -275,7 +278,7 @@ def _grants(conn: pg.Connection, relation: Relation) -> Iterator[Tampering]:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------- functions
+# ------------------------------------------------------------------------------------------------------------ functions
 
 
 _ROUTINE = """
@@ -365,7 +368,7 @@ def new_function(schema: str, name: str) -> tuple[Composed, ...]:
     return (text.format(sql.Identifier(schema, name)),)
 
 
-# ---------------------------------------------------------------------------------------------------------- extensions
+# ----------------------------------------------------------------------------------------------------------- extensions
 
 
 def new_extension(name: str) -> tuple[tuple[Composed, ...], ...]:

@@ -1,8 +1,4 @@
-"""Beside the flow: can anything violate this invariant? For each a violation is made, and it has to be seen.
-
-On a rehearsal only (`prove --mutate`). An invariant that nothing can violate says nothing: it is called vacuous. What is
-made is rolled back every time, and the invariant's own code judges it, asked as an apply asks just before COMMIT.
-"""
+"""Every form of invariant: the violations that are made for it, and what its verdict comes to."""
 
 from __future__ import annotations
 
@@ -23,25 +19,14 @@ from reconciler.checks.forms import (
     QueryInvariant,
     UntouchedInvariant,
 )
-from reconciler.counterexamples import search
 from reconciler.errors import ReconcilerError
-from reconciler.model import Asked, Check, Model, glob_regex
-from reconciler.parts import identifier, relation, schema_and_pattern
-from reconciler.rowmaking import (
-    Relation,
-    Row,
-    Wanted,
-    change,
-    describe,
-    force,
-    lift_triggers,
-    past,
-    put,
-    rows_for,
-    values_for,
-)
-from reconciler.samples import Constants
-from reconciler.tampering import (
+from reconciler.model import Asked, Check, Json, Model, glob_regex
+from reconciler.parts import identifier, raw, relation, schema_and_pattern
+from reconciler.violations.relations import Relation, Row, change, describe
+from reconciler.violations.rows import Wanted, rows_for, values_for
+from reconciler.violations.samples import Constants
+from reconciler.violations.search import search
+from reconciler.violations.tampering import (
     NAME,
     Tampering,
     gone_extension,
@@ -49,17 +34,19 @@ from reconciler.tampering import (
     of_functions,
     of_table,
 )
-from reconciler.trial import HOLDS, Attempt, Trial, kept
+from reconciler.violations.trial import HOLDS, Attempt, Trial, kept
+from reconciler.violations.writing import force, lift_triggers, past, put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from psycopg.sql import Composed
 
-__all__ = ["Attempt", "Violation", "synthesise"]
-
 MOST_FUNCTIONS = 10
 """Whose facets are changed one by one."""
+
+
+Status = Literal["seen", "unseen", "vacuous", "not_tried"]
 
 
 class Violation(Model):
@@ -70,7 +57,7 @@ class Violation(Model):
     """
 
     address: str
-    status: Literal["seen", "unseen", "vacuous", "not_tried"]
+    status: Status
     attempts: tuple[Attempt, ...]
     detail: str
 
@@ -93,7 +80,7 @@ def synthesise(conn: pg.Connection, check: Check, asked: Asked) -> Violation:
         raise pg.translated(error, f"violating {check.address}") from error
 
 
-def _by_form(trial: Trial) -> Violation:
+def _by_form(trial: Trial) -> Violation:  # noqa: PLR0911 - one per form
     spec = trial.check.spec
     match spec:
         case ForbidInvariant():
@@ -143,24 +130,37 @@ def _query(trial: Trial, query: str) -> Violation:
 
     One that needs a constraint out of the way is one: then the invariant is a second line of defence.
     """
-    attempts = tuple(search(trial, query))
-    address = trial.check.address
-    for attempt in attempts:
-        if attempt.outcome == "violated":
-            gone = f" once {', '.join(attempt.without)} is out of the way" if attempt.without else ""
-            detail = f"seen{gone}: {attempt.tried}"
-            return Violation(address=address, status="seen", attempts=attempts, detail=detail)
-    if not attempts:
-        detail = "it reads no relation and calls no function: its answer is always the same"
-        return Violation(address=address, status="vacuous", attempts=(), detail=detail)
-    if all(attempt.outcome in {"refused", "not tried"} for attempt in attempts):
-        detail = "no violation could be made"
-        return Violation(address=address, status="not_tried", attempts=attempts, detail=detail)
-    detail = "nothing that was tried turns it"
-    return Violation(address=address, status="vacuous", attempts=attempts, detail=detail)
+    scene, found = search(trial, query)
+    status: Status = "vacuous"
+    if found and found[-1].outcome == "violated":
+        gone = f" once {', '.join(found[-1].without)} is out of the way" if found[-1].without else ""
+        status, detail = "seen", f"seen{gone}: {found[-1].tried}"
+    elif not scene.relations and scene.calls:
+        status, detail = "not_tried", "it reads no relation, and nothing that was done changes what its functions say"
+    elif not scene.relations:
+        detail = "it reads no relation: its answer is always the same"
+    elif all(one.outcome in {"refused", "not tried"} for one in found):
+        status, detail = "not_tried", "no violation could be made"
+    elif _never(trial, query):
+        detail = "it gives no row whatever the data: PostgreSQL's planner says so"
+    else:
+        detail = f"none of {len(found)} kinds of attempts turned it"
+    return Violation(address=trial.check.address, status=status, attempts=tuple(found), detail=detail)
 
 
-# --------------------------------------------------------------------------------------------------- extensions, schemas
+def _never(trial: Trial, query: str) -> bool:
+    """Whether the planner sees from the query alone that there is never a row."""
+    with trial.transaction():
+        pg.run(trial.conn, "SET LOCAL constraint_exclusion = off")
+        explain = sql.SQL("EXPLAIN (FORMAT JSON) {}").format(raw(query))
+        (row,) = pg.rows(trial.conn, explain, doing="explaining a query", quiet=True)
+    plan: Json = row["QUERY PLAN"][0]["Plan"]
+    while plan["Node Type"] in {"Limit", "Sort", "Subquery Scan", "Unique"} and len(plan.get("Plans", ())) == 1:
+        plan = plan["Plans"][0]
+    return plan["Node Type"] == "Result" and plan.get("One-Time Filter") == "false"
+
+
+# -------------------------------------------------------------------------------------------------- extensions, schemas
 
 
 def _forbidden(trial: Trial, forbidden: Forbidden) -> Iterator[Attempt]:
@@ -200,7 +200,7 @@ def _extensions(trial: Trial, names: Sequence[str]) -> Iterator[Attempt]:
             yield trial.first(f"extension {name} dropped", gone_extension(name))
 
 
-# ----------------------------------------------------------------------------------------------------------------- gates
+# ---------------------------------------------------------------------------------------------------------------- gates
 
 
 def _gate(trial: Trial, spec: GateInvariantSpec) -> Iterator[Attempt]:
@@ -305,12 +305,14 @@ def _touched(trial: Trial, table: Relation, rows: Sequence[Row]) -> Iterator[Att
         (f"a row of {table.text} deleted", [[_REPLICA, delete]]),
     ):
         # Each in a transaction of its own: the counters of written rows go on counting what was undone.
-        with trial.transaction(there):
+        with trial.transaction(there) as verdict:
             count = sql.SQL("SELECT EXISTS (SELECT FROM {}) AS there").format(table.identifier)
-            if pg.rows(conn, count, doing=f"looking for rows of {table.text}")[0]["there"]:
+            found = pg.rows(conn, count, doing=f"looking for rows of {table.text}")[0]["there"]
+            if found and verdict.status in HOLDS:
                 yield trial.first(words, ways)
             else:
-                yield Attempt(tried=words, outcome="not tried", detail="it has no row, and none could be made")
+                detail = "it has no row, and none could be made" if not found else f"then it is {verdict.status}"
+                yield Attempt(tried=words, outcome="not tried", detail=detail)
     with trial.transaction():
         yield trial.first(f"{table.text} truncated", [[truncate]])
         for facet in of_table(conn, table):
@@ -322,7 +324,7 @@ _REPLICA = sql.Composed([sql.SQL("SET LOCAL session_replication_role = replica")
 _DDL = {"a column added", "an index added", "a trigger added"}
 
 
-# ------------------------------------------------------------------------------------------------------------------ pins
+# ----------------------------------------------------------------------------------------------------------------- pins
 
 
 def _pin(trial: Trial, spec: PinInvariantSpec) -> Iterator[Attempt]:

@@ -1,0 +1,1 @@
+"""Faults and races against an apply: kills, cut connections, hostile sessions."""
