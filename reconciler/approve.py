@@ -85,7 +85,7 @@ def approve(  # noqa: PLR0913 - what a person states, each once
         return approval
     signed = approval.model_copy(update={"signature": signatures.sign(approval.statement(), key, _namespace(approval))})
     try:
-        _signer(signed, allowed, now)
+        signer(signed, allowed, now)
     except signatures.BadSignature as wrong:
         raise NotApproved(
             f"The approval of {approver} {wrong}.",
@@ -125,8 +125,8 @@ def _namespace(approval: Approval) -> str:
     return signatures.BREAK_GLASS if approval.break_glass else signatures.APPROVAL
 
 
-def _signer(approval: Approval, allowed: str, now: datetime) -> signatures.Signer:
-    """Raises BadSignature."""
+def signer(approval: Approval, allowed: str, now: datetime) -> signatures.Signer:
+    """Who signed this approval, by this list at this time. Raises BadSignature."""
     return signatures.judge(
         approval.statement(), approval.signature or "", allowed, approval.approver, _namespace(approval), now
     )
@@ -233,19 +233,15 @@ def verify(
     keys: dict[str, str] = {}
     for approval in approvals:
         wrong = _wrong(approval, court, effect_digest, hazards, attestations)
-        signer = None
+        by = None
         if not wrong and approval.signature is not None:
             try:
-                signer = _signer(approval, court.allowed, court.now)
+                by = signer(approval, court.allowed, court.now)
             except signatures.BadSignature as bad:
                 wrong = str(bad)
-        if (
-            not wrong
-            and signer is not None
-            and keys.setdefault(signer.fingerprint, approval.approver) != approval.approver
-        ):
-            wrong = f"is signed with the key that {keys[signer.fingerprint]} signed with"
-        if not wrong and court.author is not None and _is_author(approval, signer, court.author):
+        if not wrong and by is not None and keys.setdefault(by.fingerprint, approval.approver) != approval.approver:
+            wrong = f"is signed with the key that {keys[by.fingerprint]} signed with"
+        if not wrong and court.author is not None and _is_author(approval, by, court.author):
             wrong = "is by who made the plan"
         if wrong:
             reasons.append(f"the approval of {approval.approver} {wrong}")
@@ -263,8 +259,8 @@ def verify(
     return list(valid.values())
 
 
-def _is_author(approval: Approval, signer: signatures.Signer | None, author: signatures.Signer) -> bool:
-    same_key = signer is not None and signer.fingerprint == author.fingerprint
+def _is_author(approval: Approval, by: signatures.Signer | None, author: signatures.Signer) -> bool:
+    same_key = by is not None and by.fingerprint == author.fingerprint
     return same_key or _principal(approval.approver) == _principal(author.principal)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from reconciler.evidence import Folder
-    from reconciler.model import Approval, Entry, Model, Outcome, Plan
+    from reconciler.model import Approval, Entry, Model, Outcome, Plan, Target
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -799,6 +799,108 @@ def prove(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
     else:
         click.echo(text.proofs(found, colour=_colour(given["no_color"])), nl=False)
     ctx.exit(proving.exit_code(found))
+
+
+@cli.command()
+@_state_option
+@_target_option
+@_server_options
+@_output_options
+@click.option("--anchor", type=click.Path(path_type=Path, dir_okay=False), help="Write the head of the chain here.")
+def history(**given: Any) -> None:  # noqa: ANN401 - as plan
+    """List what was applied: every entry of the ledger.
+
+    \b
+    Examples:
+      reconciler history --dsn postgresql://auditor@db/app -t production
+      reconciler history --anchor ledger.anchor && git add ledger.anchor
+    """
+    from reconciler import verify as verifying
+    from reconciler.errors import UsageError
+
+    name, target, rows = _chain(given)
+    found = verifying.history(name, rows)
+    if given["anchor"]:
+        if not rows:
+            raise UsageError(f"{name} has no ledger entry on this database; there is nothing to anchor.")
+        head = verifying.Anchor(
+            name=name,
+            database=target.database,
+            system_identifier=target.system_identifier,
+            number=rows[-1]["number"],
+            hash=rows[-1]["hash"],
+            recorded_at=found.entries[-1].recorded_at,
+        )
+        verifying.write_anchor(given["anchor"], head)
+    if given["form"] == "json":
+        _json(found)
+        return
+    from reconciler.render import text
+
+    click.echo(text.history(found), nl=False)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@_state_option
+@_target_option
+@_server_options
+@_output_options
+@click.option("--allowed-signers", type=click.Path(path_type=Path), help="Who may sign: checks a folder's signatures.")
+@click.option("--anchor", type=click.Path(path_type=Path), help="A head of the chain that was kept elsewhere.")
+@click.pass_context
+def verify(ctx: click.Context, /, folder: Path | None, **given: Any) -> None:  # noqa: ANN401 - as plan
+    """Check the ledger's whole chain; or, with FOLDER, the evidence of one run, without a database.
+
+    \b
+    Examples:
+      reconciler verify --anchor ledger.anchor --dsn postgresql://auditor@db/app -t production
+      reconciler verify evidence/20260522T120000Z-1f0c9a52-... --allowed-signers approvers
+    """
+    from reconciler import verify as verifying
+    from reconciler.errors import UsageError
+    from reconciler.yamltext import read_text
+
+    if folder is not None:
+        if given["anchor"]:
+            raise UsageError("--anchor is of a ledger, not of a folder.", hint="Leave FOLDER out.")
+        allowed = None
+        if (file := given["allowed_signers"]) is not None:
+            allowed, problems = read_text(file, file.parent)
+            if allowed is None:
+                raise InputError(problems)
+        found = verifying.folder(folder, allowed)
+    else:
+        if given["allowed_signers"]:
+            raise UsageError("A ledger holds its own lists of approvers.", hint="Leave --allowed-signers out.")
+        anchor = verifying.load_anchor(given["anchor"]) if given["anchor"] else None
+        name, _, rows = _chain(given)
+        found = verifying.chain(name, rows, anchor)
+    if given["form"] == "json":
+        _json(found)
+    else:
+        for line in found.checked:
+            click.echo(f"Looked at {line}.")
+        for line in found.problems:
+            click.echo(f"  ! {line}")
+        count = len(found.problems)
+        click.echo(
+            f"{found.subject}: {count} problem{'' if count == 1 else 's'}." if count else f"{found.subject}: intact."
+        )
+    ctx.exit(verifying.exit_code(found))
+
+
+def _chain(given: Mapping[str, Any]) -> tuple[str, Target, list[dict[str, Any]]]:
+    """The governance name, the target, and every row of its ledger."""
+    from reconciler import desired, ledger, live, pg
+
+    wanted = desired.load(given["state"], given["target"])
+    with pg.connect(given["dsn"], "verify") as conn:
+        pg.check_version(conn, allow_untested=given["allow_untested_server"])
+        with pg.snapshot(conn):
+            target = live.identify(conn, wanted)
+            ledger.check_shape(conn)
+            return wanted.name, target, ledger.chain(conn, wanted.name)
 
 
 @cli.command()

@@ -12,7 +12,7 @@ from psycopg import sql
 from reconciler import pg
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Mapping, Sequence
 
     from reconciler.model import Change, Declared, Policy, Statement
 
@@ -36,6 +36,19 @@ def one(conn: pg.Connection, statement: Statement, path: Sequence[str], doing: s
     if statement.role is not None:
         pg.run(conn, "SET LOCAL ROLE NONE")
     return answer
+
+
+def script(changes: Iterable[Change], items: Mapping[str, Declared], policy: Policy) -> Generator[str]:
+    """The same as text, a statement each, for one transaction of psql."""
+    for change in changes:
+        chosen = sql.SQL(", ").join(map(sql.Identifier, path_of(change, items, policy)))
+        yield sql.SQL("SET LOCAL search_path = {}").format(chosen).as_string(None)
+        for statement in change.statements:
+            if statement.role is not None:
+                yield sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(statement.role)).as_string(None)
+            yield statement.text
+            if statement.role is not None:
+                yield "SET LOCAL ROLE NONE"
 
 
 def everything(conn: pg.Connection, changes: Iterable[Change], items: Mapping[str, Declared], policy: Policy) -> None:

@@ -150,6 +150,11 @@ def numbered(conn: pg.Connection, name: str, number: int) -> Entry | None:
     return _entry(rows[0]) if rows else None
 
 
+def chain(conn: pg.Connection, name: str) -> list[dict[str, Any]]:
+    """Every entry of this name by number, as it stands there: nothing is believed and nothing refused."""
+    return pg.rows(conn, _ENTRY + " WHERE name = %s ORDER BY number", (name,), "reading the ledger")
+
+
 _ENTRY: LiteralString = """
 SELECT name, number, run_id::pg_catalog.text AS run_id, recorded_at::pg_catalog.text AS recorded_at,
        approval_ids::pg_catalog.text[] AS approval_ids, previous, hash, body

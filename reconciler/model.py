@@ -158,6 +158,23 @@ class ApprovalPolicy(Model):
         return max([self.required, *(number for hazard, number in self.for_.items() if hazard in hazards)])
 
 
+class Verified(Model):
+    """A backup that is also tried: what is governed is restored from it into a scratch database and compared."""
+
+    kind: Literal["governed", "full"]
+    verify: Literal["restore"]
+
+
+class Command(Model):
+    """The operator's own snapshot: a program with its arguments, no shell."""
+
+    command: tuple[str, ...] = Field(min_length=1)
+
+
+BackupPolicy: TypeAlias = Literal["none", "governed", "full"] | Verified | Command
+"""What is backed up before and after an apply. There is one way to write each, so that none is two policies."""
+
+
 class ApplyPolicy(Model):
     """How an apply runs. Durations such as `800ms`, `60s`, `2m`, `24h`."""
 
@@ -166,7 +183,7 @@ class ApplyPolicy(Model):
     lock_retries: int = Field(default=5, ge=0, le=100)
     statement_timeout: Duration = "60s"
     max_duration: Duration = "2m"
-    backup: Literal["none"] = "none"
+    backup: BackupPolicy = "none"
 
 
 class Policy(Model):
@@ -519,6 +536,13 @@ class Plan(Model):
         return tuple(statement for change in (*self.setup, *self.changes) for statement in change.statements)
 
     @property
+    def backup(self) -> BackupPolicy:
+        """What an apply of it backs up: by the installed policy, which stands here where the files say another one."""
+        policies = [change.before for change in self.setup if change.kind == "policy" and change.before is not None]
+        policy = policies[0] if policies else self.desired["policy"]
+        return ApplyPolicy.model_validate_json(canonical(policy["apply"])).backup
+
+    @property
     def has_changes(self) -> bool:
         """Is there something to apply? Setup alone counts: the first apply installs the ledger and the policy."""
         return bool(self.setup or self.changes)
@@ -619,6 +643,36 @@ class Yes(Model):
     break_glass: bool = False
 
 
+class Step(Model):
+    """One thing to do, and the command that does it."""
+
+    what: str
+    command: str
+
+
+class Backup(Model):
+    """One backup that was made. `seconds`: with all that was checked.
+
+    file, bytes, sha256: of what lies in the evidence folder; None for the operator's own command, whose exit code and
+    last lines stand here instead.
+    """
+
+    moment: Literal["before", "after"]
+    form: Literal["governed", "full", "command"]
+    taken_at: Moment
+    seconds: float
+    tool: str
+    file: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    exit_code: int | None = None
+    said: tuple[str, ...] = ()
+    checked: tuple[str, ...] = ()
+    """How it was found to be good, a sentence each."""
+    restore: tuple[Step, ...] = ()
+    """How to come back by it."""
+
+
 class Failure(Model):
     """Why an apply did not change anything, as it was told on the terminal."""
 
@@ -650,7 +704,7 @@ class ProofReport(Model):
     rehearsal: Rehearsal | None = None
 
 
-OUTCOME_VERSION = "1.1"
+OUTCOME_VERSION = "1.2"
 
 
 class Outcome(Model):
@@ -678,6 +732,7 @@ class Outcome(Model):
     seconds: float
     stages: tuple[Stage, ...] = ()
     executed: tuple[Executed, ...] = ()
+    backups: tuple[Backup, ...] = ()
     approvals: tuple[Yes, ...] = ()
     summary: Summary
     invariants: tuple[Verdict, ...]

@@ -230,6 +230,8 @@ def _plpgsql_pieces(description: Any, body: str) -> list[Piece]:  # noqa: ANN401
     found: list[Piece] = []
     for each in _texts(description, _Found("", 0, "", "", 1, into=False)):
         wanted = each.query.encode()
+        if each.owner == "stmt_perform":
+            wanted = b"PERFORM" + wanted.removeprefix(b"SELECT")
         start = next(
             (
                 place
@@ -246,7 +248,7 @@ def _plpgsql_pieces(description: Any, body: str) -> list[Piece]:  # noqa: ANN401
 
 
 def _reads(here: bytes, wanted: bytes, each: _Found) -> bool:
-    """Does the source hold the text here? PL/pgSQL blanks INTO clauses and the word PERFORM out, place by place."""
+    """Does the source hold the text here? PL/pgSQL blanks INTO clauses out, place by place."""
     if each.owner == "stmt_perform":
         return here[:7].upper() == b"PERFORM" and here[7:] == wanted[7:]
     if not each.into:
@@ -261,7 +263,7 @@ BLANK = ord(" ")
 def _piece(each: _Found, inner: bytes, start: int, end: int) -> Piece:
     text = inner[start:end].decode()
     if each.owner == "stmt_perform":
-        return Piece(f"SELECT{text[7:]}", start, end, "perform")
+        return Piece(text[7:], start, end, "perform", "SELECT", "PERFORM")
     if each.mode in ASSIGNMENTS:
         lead = re.match(r"(?s).*?(:=|=)\s*", text)
         cut = lead.end() if lead is not None else 0

@@ -131,7 +131,7 @@ def mutate(  # noqa: PLR0913 - what a rehearsal needs, and what is said about it
     return MutationReport(
         outcome="proof_failed" if bad else "no_changes",
         target=copy.target,
-        server_version=copy.version,
+        server_version=copy.rehearsal.server_version,
         seconds=round(time.monotonic() - started, 1),
         mutants=_tallies(planted, fates, {each.id: bool(each.because) for each in survivors}),
         survivors=survivors,

@@ -14,7 +14,7 @@ import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo
@@ -142,12 +142,23 @@ def client(  # noqa: PLR0913 - one call of one program
         )
     password = parts.pop("password", None)
     parts["application_name"] = "reconciler backup" if program == "pg_dump" else "reconciler"
-    env = {**os.environ, "LC_ALL": "C"} | ({"PGPASSWORD": str(password)} if password is not None else {})
-    command = [tools.folder / program, *options, "--no-password", "--dbname", make_conninfo("", **parts)]
+    env = {} if password is None else {"PGPASSWORD": str(password)}
+    command = [tools.folder / program, "--no-password", "--dbname", make_conninfo("", **parts), *options]
+    return _own(command, env, given=given, into=into, waiting=waiting, secrets=secrets(dsn))
+
+
+def archive(tools: Tools, options: Sequence[str | Path], *, waiting: Callable[[float], None] | None = None) -> Done:
+    """Run pg_restore on an archive without any database, and drop what it prints. Raises ServerProblem as `client`."""
+    with Path(os.devnull).open("wb") as nowhere:
+        return _own([tools.folder / "pg_restore", *options], {}, into=nowhere, waiting=waiting)
+
+
+def _own(command: Sequence[str | Path], env: Mapping[str, str], **how: Any) -> Done:  # noqa: ANN401 - as `run`
+    """A program of PostgreSQL, that speaks English to us."""
     try:
-        return run(command, env, given=given, into=into, waiting=waiting, secrets=secrets(dsn))
+        return run(command, {**os.environ, "LC_ALL": "C", **env}, **how)
     except OSError as error:
-        raise ServerProblem(f"{tools.folder / program} cannot be started: {error.strerror}.") from None
+        raise ServerProblem(f"{command[0]} cannot be started: {error.strerror}.") from None
 
 
 def variables(dsn: str | None) -> dict[str, str]:

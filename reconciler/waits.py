@@ -25,8 +25,8 @@ MARGIN = 0.1
 for what the network and a busy machine take.
 """
 
-LOOKS = 0.2
-"""Seconds between two looks at whom we wait for. A shorter lock_timeout means more looks: four in each wait."""
+LONG = 0.2
+"""Seconds after which a step counts as a wait, and somebody looks for whom. Of a shorter wait it is a fourth."""
 
 
 class Waits:
@@ -36,7 +36,6 @@ class Waits:
         """lock_timeout: the policy's, in milliseconds. One of deadlock_timeout or more is kept, with what follows."""
         self._dsn = dsn
         self._limit = lock_timeout
-        self._every = min(LOOKS, lock_timeout / 4000)
         self._pid: int | None = None
         self._deadlock = 0.0
         self._asked = self._since = time.monotonic()
@@ -60,7 +59,7 @@ class Waits:
     def begin(self, conn: pg.Connection) -> None:
         """A transaction has begun: it holds nothing yet, so nobody waits for it."""
         self._asked = self._since = time.monotonic()
-        self._oldest, self._set, self._holders = 0.0, 0, ()
+        self._oldest, self._set = 0.0, 0
         row = pg.rows(
             conn,
             """
@@ -78,7 +77,7 @@ class Waits:
         reading: many statements follow that hardly ever wait. Each may take a fourth, so that none of them waits when
         somebody who began to wait for us before them looks for deadlocks.
         """
-        self._since = time.monotonic()
+        self._since, self._holders = time.monotonic(), ()
         allowed = self._allowed()
         if allowed < self._limit / 2:
             asked = time.monotonic()
@@ -120,8 +119,8 @@ class Waits:
         """While a step takes long, ask on a connection of its own whom it waits for."""
         conn: pg.Connection | None = None
         try:
-            while not self._over.wait(self._every):
-                if self._pid is None or time.monotonic() - self._since < self._every:
+            while not self._over.wait(min(LONG, self._set / 1000 or LONG) / 4):
+                if self._pid is None or time.monotonic() - self._since < min(LONG, self._set / 4000):
                     continue
                 if conn is None:
                     conn = pg.connect(self._dsn, "watch")

@@ -274,8 +274,8 @@ class _World:
         states += [rng.choice(_LEASED) for _ in range(mix.sure)]
         taken: set[str] = set()
         jobs = [self._job(state, taken) for state in states]
-        if mix.many and self.number % 20 == 7:
-            many = [self._job(rng.choice(_LEASED), taken) for _ in range(rng.choice((97, 98, 99, 100, 101, 104)))]
+        if mix.many and self.number % 10 == 7:
+            many = [self._job(rng.choice(_LEASED), taken) for _ in range(rng.choice((96, 99, 100, 101, 102, 120)))]
             jobs += [job | {"lease_owner": "w1", "lease_until": rng.choice(self.past)} for job in many]
         return jobs
 

@@ -554,11 +554,25 @@ def _grants(have: set[Grant], want: set[Grant], name: sql.SQL, owner: str) -> li
         option = sql.SQL("GRANT OPTION FOR " if kept and grant.grantable else "")
         revoke = sql.SQL("REVOKE {}EXECUTE ON ROUTINE {} FROM {}").format(option, name, grantee(grant))
         statements.append(complete(revoke, grant.grantor))
-    for grant in _sorted(want - have):
-        if any((other.grantee, other.grantor) == (grant.grantee, grant.grantor) for other in have):
+    for grant in _from_the_root(want - have, owner):
+        plain = any((other.grantee, other.grantor) == (grant.grantee, grant.grantor) for other in have)
+        if plain and not grant.grantable:
             continue  # it had the grant option; taking that away left the plain grant
-        statements.append(complete(sql.SQL("GRANT EXECUTE ON ROUTINE {} TO {}").format(name, grantee(grant)), owner))
+        option = sql.SQL(" WITH GRANT OPTION" if grant.grantable else "")
+        give = sql.SQL("GRANT EXECUTE ON ROUTINE {} TO {}{}").format(name, grantee(grant), option)
+        statements.append(complete(give, grant.grantor))
     return statements
+
+
+def _from_the_root(grants: set[Grant], owner: str) -> list[Grant]:
+    """In an order in which they can be given: the owner's first, then what those pass on who got the grant option."""
+    left, ordered, givers = list(_sorted(grants)), list[Grant](), {owner}
+    while left:
+        ready = [grant for grant in left if grant.grantor in givers] or left
+        ordered += ready
+        givers |= {grant.grantee for grant in ready if grant.grantee is not None and grant.grantable}
+        left = [grant for grant in left if grant not in ready]
+    return ordered
 
 
 def _from_the_ends(grants: set[Grant]) -> list[Grant]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Verdict,
     )
     from reconciler.mutate import MutationReport
+    from reconciler.verify import History
 
 COLOURS = {"+": "32", "~": "33", "-": "31", "!": "1;31", ".": "36", "-/+": "31", "?": "1;31"}
 MEANING = {
@@ -246,6 +247,18 @@ def mutation(found: MutationReport, *, colour: bool) -> str:
         "",
         f"Mutants: {killed} of {planted} noticed, {same} equivalent, {len(alive)} not noticed; {found.seconds:.0f} s.",
     )
+    return page.text()
+
+
+def history(found: History) -> str:
+    """A line for each entry, the newest first."""
+    page = _Page(colour=False)
+    for past in reversed(found.entries):
+        numbers = f"+{past.added} ~{past.changed} -{past.removed}" + f" .{past.forgotten}" * bool(past.forgotten)
+        who = ", ".join(past.approvers) + (" (signed)" if past.signed else " (not signed)")
+        alone = ", breaking the glass" * past.break_glass
+        page.line(f"{past.number:>5}  {past.recorded_at}  {past.release}  {numbers}  {who}{alone}  {past.hash[:16]}")
+    page.line(f"Entries of {found.name}: {len(found.entries)}.")
     return page.text()
 
 

@@ -387,9 +387,9 @@ def _numbers(column: Column, texts: Sequence[str]) -> Iterator[Composable]:
     numbers = [text for text in texts if _number(text)]
     yield from _literals(numbers)
     for text in numbers:
-        for step in ("1", "-1"):
-            yield sql.SQL("({}::pg_catalog.numeric + {})::pg_catalog.text").format(
-                sql.Literal(text), sql.Literal(int(step))
+        for step in ("1", "-1", "0.5", "-0.5"):
+            yield sql.SQL("({}::pg_catalog.numeric + {}::pg_catalog.numeric)::pg_catalog.text").format(
+                sql.Literal(text), sql.Literal(step)
             )
     yield from _literals(["0", "1", "-1", "1000000"])
     if column.type == "oid":

@@ -30,7 +30,7 @@ from reconciler.violations.samples import Constants, joined
 from reconciler.violations.scene import SYSTEM, Key, Place, Scene, read
 from reconciler.violations.tampering import NAME
 from reconciler.violations.trial import HOLDS, Attempt, Trial, kept, refusal, run, undone
-from reconciler.violations.writing import domains, force, lift_triggers, past, put
+from reconciler.violations.writing import asleep, domains, force, lift_triggers, past, put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -272,14 +272,13 @@ class _Search:
         self.foreign_made_local()
         spec = self.trial.check.spec
         seen = isinstance(spec, AttestInvariant) or (isinstance(spec, QueryInvariant) and bool(spec.unchanged))
-        pg.run(self.conn, "SET LOCAL session_replication_role = replica")
-        for key in _parents_first(self.scene, keys):
-            relation = self.scene.relations[key]
-            plain = rows_for(self.conn, relation, Wanted(), lawful=True, limit=1)
-            for row in self.candidates(key, lawful=True)[:1] if seen else plain:
-                with suppress(ReconcilerError), kept(self.conn):
-                    put(self.conn, relation, row, (), None)
-        pg.run(self.conn, "SET LOCAL session_replication_role = origin")
+        with asleep(self.conn):
+            for key in _parents_first(self.scene, keys):
+                relation = self.scene.relations[key]
+                plain = rows_for(self.conn, relation, Wanted(), lawful=True, limit=1)
+                for row in self.candidates(key, lawful=True)[:1] if seen else plain:
+                    with suppress(ReconcilerError), kept(self.conn):
+                        put(self.conn, relation, row, (), None)
         self.refresh()
 
     def without_domains(self, keys: Sequence[Key]) -> None:

@@ -35,7 +35,7 @@ from reconciler.violations.tampering import (
     of_table,
 )
 from reconciler.violations.trial import HOLDS, Attempt, Trial, kept
-from reconciler.violations.writing import force, lift_triggers, past, put
+from reconciler.violations.writing import REPLICA, asleep, force, lift_triggers, past, put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -275,14 +275,12 @@ def _touched(trial: Trial, table: Relation, rows: Sequence[Row]) -> Iterator[Att
     conn = trial.conn
 
     def insert() -> None:
-        # Past triggers and foreign keys, so that nothing else has to be there.
-        pg.run(conn, _REPLICA)
-        put(conn, table, rows[0], (), None)
+        with asleep(conn):
+            put(conn, table, rows[0], (), None)
 
     def there() -> None:
         with suppress(ReconcilerError, IndexError), kept(conn):
             insert()
-        pg.run(conn, sql.SQL("SET LOCAL session_replication_role = origin"))
 
     one = sql.SQL("(tableoid, ctid) = (SELECT tableoid, ctid FROM {} ORDER BY tableoid, ctid LIMIT 1)").format(
         table.identifier
@@ -301,8 +299,8 @@ def _touched(trial: Trial, table: Relation, rows: Sequence[Row]) -> Iterator[Att
             detail = "no row was found that its constraints allow"
             yield Attempt(tried=f"a row inserted into {table.text}", outcome="not tried", detail=detail)
     for words, ways in (
-        (f"a row of {table.text} updated", [[_REPLICA, update] for update in updates]),
-        (f"a row of {table.text} deleted", [[_REPLICA, delete]]),
+        (f"a row of {table.text} updated", [*([REPLICA, update] for update in updates), *([one] for one in updates)]),
+        (f"a row of {table.text} deleted", [[REPLICA, delete], [delete]]),
     ):
         # Each in a transaction of its own: the counters of written rows go on counting what was undone.
         with trial.transaction(there) as verdict:
@@ -320,7 +318,6 @@ def _touched(trial: Trial, table: Relation, rows: Sequence[Row]) -> Iterator[Att
                 yield trial.first(f"{table.text}: {facet.words}", facet.ways)
 
 
-_REPLICA = sql.Composed([sql.SQL("SET LOCAL session_replication_role = replica")])
 _DDL = {"a column added", "an index added", "a trigger added"}
 
 

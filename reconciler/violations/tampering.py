@@ -126,7 +126,7 @@ def _properties(conn: pg.Connection, relation: Relation) -> Iterator[Tampering]:
             yield _one("made unlogged", _alter(relation, "SET UNLOGGED"))
         yield _one(
             "a parent given",
-            sql.SQL("CREATE TABLE {} (LIKE {})").format(new, relation.identifier),
+            sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING GENERATED)").format(new, relation.identifier),
             _alter(relation, "INHERIT {}", new),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from psycopg import sql
@@ -13,7 +14,7 @@ from reconciler.violations.rows import DEEPEST, Wanted, rows_for
 from reconciler.violations.trial import Attempt, diagnosis, kept
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Generator, Sequence
 
     import psycopg
     from psycopg.sql import Composed
@@ -136,6 +137,23 @@ def force(conn: pg.Connection, relation: Relation, statement: Composed, doing: s
         else:
             return
     raise ServerProblem(f"too much stands in the way of a change of {relation.text}")
+
+
+REPLICA = sql.Composed([sql.SQL("SET LOCAL session_replication_role = replica")])
+"""Triggers and foreign keys sleep from here on. Only a superuser may, or who was granted this setting."""
+
+
+@contextmanager
+def asleep(conn: pg.Connection) -> Generator[None]:
+    """What is written inside is written past triggers and foreign keys, where the role may do that."""
+    try:
+        with kept(conn):
+            pg.run(conn, REPLICA)
+    except ReconcilerError:
+        yield
+        return
+    yield
+    pg.run(conn, "SET LOCAL session_replication_role = origin")
 
 
 def past(attempt: Attempt, lifted: Sequence[str] | None) -> Attempt:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 MODES = ("client", "backend", "crash", "image")
 LIMIT = 60.0  # seconds that one apply may take to come to its moment, or to its end
 DATABASE = "governed"
+WATCH = "reconciler watch"  # asks from time to time who is in the way; it is no part of the apply
 
 # Columns whose values tell when or in which run something was written: no two applies agree on them.
 VOLATILE = [
@@ -321,8 +322,8 @@ def bring_up() -> None:
             try:
                 command()
             except SystemExit as ended:
-                sys.stdout.flush() if sys.stdout else None
-                sys.stderr.flush()
+                for stream in filter(None, (sys.stdout, sys.stderr)):
+                    stream.flush()
                 os._exit(ended.code if isinstance(ended.code, int) else 1)
             finally:
                 os._exit(70)
@@ -391,7 +392,8 @@ class Trap:
 def count(one: Arena) -> list[Moment]:
     """Every moment of an apply that is let alone."""
     moments: list[Moment] = []
-    with Proxy(one.server, lambda moment, _: moments.append(moment)) as proxy, Running(one, proxy.dsn(DATABASE)) as run:
+    watch = Proxy(one.server, lambda moment, _: moments.append(moment), aside=WATCH)
+    with watch as proxy, Running(one, proxy.dsn(DATABASE)) as run:
         code = run.wait()
         said = run.said()
     fresh(one.server)
@@ -404,7 +406,7 @@ def kill(one: Arena, mode: str, number: int, started_by: subprocess.Popen[str] |
     """One round: an apply that is killed at this moment. None when it ended before it came to it."""
     trap = Trap(number, cutting=False)
     code: int | None = None
-    with Proxy(one.server, trap) as proxy, Running(one, proxy.dsn(DATABASE), started_by) as run:
+    with Proxy(one.server, trap, aside=WATCH) as proxy, Running(one, proxy.dsn(DATABASE), started_by) as run:
         deadline = time.monotonic() + LIMIT
         while not trap.reached.wait(0.01):
             if time.monotonic() > deadline:
@@ -463,7 +465,7 @@ def images(one: Arena, wanted: Sequence[int], tell: Callable[[Round], None]) -> 
             made.append(_image(one, moment))
             tell(made[-1])
 
-    with Proxy(one.server, watch) as proxy, Running(one, proxy.dsn(DATABASE)) as run:
+    with Proxy(one.server, watch, aside=WATCH) as proxy, Running(one, proxy.dsn(DATABASE)) as run:
         while run.victim.poll() is None:
             time.sleep(0.2)
         code, said = run.victim.wait(), run.said()

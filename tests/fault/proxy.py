@@ -105,6 +105,7 @@ class Line:
     """Not passed on yet: at `before` what the client sent, at `after` what the server answered."""
     towards: Side | None = None
     """Who waits for it."""
+    application: str = ""
 
     def cut(self, passing: int = 0) -> NoReturn:
         """Pass on the first bytes of what is pending, then break the line for good."""
@@ -123,10 +124,14 @@ class Line:
 class Proxy:
     """Listens on a socket in a private directory; every session has its thread."""
 
-    def __init__(self, server: Server, watch: Callable[[Moment, Line], None]) -> None:
-        """`watch` is called at every moment, in the thread of the session; it may wait, and it may cut."""
+    def __init__(self, server: Server, watch: Callable[[Moment, Line], None], *, aside: str = "") -> None:
+        """`watch` is called at every moment, in the thread of the session; it may wait, and it may cut.
+
+        aside: sessions with this application_name have no moments: what they send, and when, is chance.
+        """
         self._address = f"{server.host}/.s.PGSQL.{server.port}"
         self._watch = watch
+        self._aside = aside
         self._directory = Path(tempfile.mkdtemp(prefix="proxy-"))
         self._numbers = threading.Lock()
         self._number = 0
@@ -182,6 +187,8 @@ class Proxy:
             line.server.socket.connect(self._address)
             line.server.socket.sendall(start)
             return
+        parts = start[8:].split(b"\0")
+        line.application = dict(zip(parts[::2], parts[1::2], strict=False)).get(b"application_name", b"").decode()
         self._turn(line, start, "")
         while True:
             message, text = line.client.request()
@@ -208,6 +215,8 @@ class Proxy:
         line.client.socket.sendall(line.pending)
 
     def _moment(self, line: Line, when: Literal["before", "after"], text: str) -> None:
+        if self._aside and line.application == self._aside:
+            return
         with self._numbers:
             self._number += 1
             moment = Moment(self._number, when, text, line.pid)

@@ -11,8 +11,9 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -25,7 +26,7 @@ from reconciler.kinds.gate import Gate
 from reconciler.kinds.marker import Marker
 from reconciler.parts import identifier, raw
 from tests import servers
-from tests.fault.arena import ENDED, SERVER, Schedule, arena_on
+from tests.fault.duel import ENDED, SERVER, Schedule, duel_on
 from tests.fault.rivals import RIVALS
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from queue import Queue
 
     from reconciler.model import Change
-    from tests.fault.arena import Arena, Point, Round
+    from tests.fault.duel import Duel, Point, Round
     from tests.fault.rivals import Rival
 
 
@@ -78,7 +79,7 @@ LOCKS: dict[str, dict[type[Any], Any]] = {
     "none": {Function: _nothing, Gate: _nothing, Marker: _nothing},
     "own-value": {Function: _own_cost, Gate: _own_value},
 }
-"""What `--locks` puts in the place of the product's."""
+"""What `--locks` puts in the place of the product's: nothing but the functions that lock one object."""
 
 
 @contextmanager
@@ -92,16 +93,19 @@ def locked_by(name: str) -> Iterator[None]:
 
 # -------------------------------------------------------------------------------------------------------- many rounds
 
+PORTION = 20
+"""Rounds that a process tells of at once."""
+
 STAGES = ("check", "lock", "read", "execute", "verify", "judge", "record", "commit")
 
 
-def schedule(arena: Arena, rival: Rival, chance: random.Random) -> Schedule:
+def schedule(duel: Duel, rival: Rival, chance: random.Random) -> Schedule:
     """When a rival acts, by chance: a stage first, so that short stages are met as often as long ones."""
     steps = len(rival.statements) + 1
     by_stage: defaultdict[str, list[Point]] = defaultdict(list)
-    for point in arena.points:
+    for point in duel.points:
         by_stage[point.stage].append(point)
-    order = {point: number for number, point in enumerate([*arena.points, ENDED])}
+    order = {point: number for number, point in enumerate([*duel.points, ENDED])}
 
     def somewhere() -> Point:
         stage = chance.choice([*(stage for stage in STAGES if by_stage[stage]), "ended"])
@@ -114,7 +118,7 @@ def schedule(arena: Arena, rival: Rival, chance: random.Random) -> Schedule:
     if kind < 0.7:
         points = tuple(sorted((somewhere() for _ in range(steps)), key=order.__getitem__))
         return Schedule(points=points, commit=commit, impatient=chance.random() < 0.95)
-    delays = tuple(sorted(chance.uniform(0, 1.2 * arena.seconds) for _ in range(steps)))
+    delays = tuple(sorted(chance.uniform(0, 1.2 * duel.seconds) for _ in range(steps)))
     return Schedule(delays=delays, commit=commit)
 
 
@@ -176,29 +180,61 @@ class Tally:
         return "\n".join(lines)
 
 
-def rounds(arena: Arena, rivals: Sequence[Rival], number: int, seed: int) -> Iterator[Round]:
+def rounds(duel: Duel, rivals: Sequence[Rival], number: int, seed: int) -> Iterator[Round]:
     """So many rounds, every rival as often as the others."""
     chance = random.Random(seed)
     for count in range(number):
         rival = rivals[count % len(rivals)]
-        yield arena.play(rival, schedule(arena, rival, chance))
+        yield duel.play(rival, schedule(duel, rival, chance))
 
 
-def _work(server: servers.Server, asked: argparse.Namespace, number: int, results: Queue[Tally | None]) -> None:
-    """One process: its share of the rounds, told in portions."""
+def _work(server: servers.Server, asked: argparse.Namespace, number: int, results: Queue[Tally | str | None]) -> None:
+    """One process: its share of the rounds, told in portions; None at the end, or a text when the harness broke."""
     rivals = [rival for rival in RIVALS if asked.rival in rival.name]
     share = asked.rounds // asked.workers + (number < asked.rounds % asked.workers)
-    with suppress(KeyboardInterrupt), locked_by(asked.locks), arena_on(server, f"race_{number}") as arena:
-        tally = Tally()
-        # Every process begins with another rival, so that few rounds meet all of them.
-        turned = [*rivals[number * len(rivals) // asked.workers :], *rivals[: number * len(rivals) // asked.workers]]
-        for done in rounds(arena, turned, share, asked.seed + number):
-            tally.add(done)
-            if tally.rounds == 20:
-                results.put(tally)
-                tally = Tally()
-        results.put(tally)
-    results.put(None)
+    # Every process begins with another rival, so that few rounds meet all of them.
+    begin = number * len(rivals) // asked.workers
+    try:
+        with locked_by(asked.locks), duel_on(server, f"race_{number}") as duel:
+            tally = Tally()
+            for done in rounds(duel, [*rivals[begin:], *rivals[:begin]], share, asked.seed + number):
+                tally.add(done)
+                if tally.rounds == PORTION:
+                    results.put(tally)
+                    tally = Tally()
+            results.put(tally)
+        results.put(None)
+    except KeyboardInterrupt:
+        results.put("interrupted")
+    except Exception:  # noqa: BLE001 - the process that waits for us must not wait for ever
+        results.put(traceback.format_exc())
+
+
+def race(server: servers.Server, asked: argparse.Namespace, begun: float) -> Tally:
+    """All rounds, in several processes; says every ten seconds how it stands."""
+    spawn = multiprocessing.get_context("spawn")
+    results: Queue[Tally | str | None] = spawn.Queue()  # pyright: ignore[reportAssignmentType] - has its get and put
+    workers = [spawn.Process(target=_work, args=(server, asked, n, results), daemon=True) for n in range(asked.workers)]
+    for worker in workers:
+        worker.start()
+    total, left, shown = Tally(), len(workers), time.monotonic()
+    while left:
+        part = results.get(timeout=600)
+        if isinstance(part, str):
+            raise RuntimeError(part)  # noqa: TRY004 - it is the other process that failed
+        if part is None:
+            left -= 1
+        else:
+            total.merge(part)
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            say(f"{shown - begun:6.0f} s  {total.line()}")
+    return total
+
+
+def say(text: str) -> None:
+    """A line of the answer."""
+    print(text, flush=True)  # noqa: T201 - a command
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -215,34 +251,20 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     asked.seed = random.randrange(1_000_000) if asked.seed is None else asked.seed
     guard = servers.Guard()
-    total, begun = Tally(), time.monotonic()
+    begun = time.monotonic()
     try:
         server = servers.start(guard.run / "race", asked.server, SERVER)
         version = f"{server.version // 10_000}.{server.version % 10_000}"
-        print(f"PostgreSQL {version}, locks: {asked.locks}, seed {asked.seed}, {asked.workers} processes")
-        spawn = multiprocessing.get_context("spawn")
-        results: Queue[Tally | None] = spawn.Queue()
-        workers = [spawn.Process(target=_work, args=(server, asked, n, results)) for n in range(asked.workers)]
-        for worker in workers:
-            worker.start()
-        left, shown = len(workers), time.monotonic()
-        while left:
-            part = results.get(timeout=300)
-            if part is None:
-                left -= 1
-                continue
-            total.merge(part)
-            if time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                print(f"{shown - begun:6.0f} s  {total.line()}", flush=True)
-        for worker in workers:
-            worker.join()
+        say(f"PostgreSQL {version}, locks: {asked.locks}, seed {asked.seed}, {asked.workers} processes")
+        total = race(server, asked, begun)
     finally:
         guard.release()
     seconds = time.monotonic() - begun
-    print(total.table())
-    print(*(f"LOST: {lost}" for lost in total.lost[:20]), *(f"ERROR: {error}" for error in total.errors[:20]), sep="\n")
-    print(f"{total.line()}; {seconds:.0f} s, {total.rounds / seconds:.0f} rounds a second")
+    say(total.table())
+    for what, found in (("LOST", total.lost), ("ERROR", total.errors)):
+        for one in found[:20]:
+            say(f"{what}: {one}")
+    say(f"{total.line()}; {seconds:.0f} s, {total.rounds / seconds:.1f} rounds a second")
     return 1 if total.lost or total.victims or total.errors else 0
 
 

@@ -1,7 +1,12 @@
-"""Beside the tests: the governed system after Phase 2, made from state/ without the reconciler, and how to call it."""
+"""Beside the tests: the governed system after Phase 2, made from state/ without the reconciler, and how to call it.
+
+And `Phase2`, the way of an operator through the commands, with a copy of state/ that may be changed.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID, uuid4
@@ -10,12 +15,17 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 from ruamel.yaml import YAML
 
+from tests.integration import governed
 from tests.servers import PROJECT
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
+    from pathlib import Path
 
     import psycopg
+
+    from tests.servers import Database
 
 STATE = PROJECT / "state"
 BASELINE = PROJECT / "examples" / "dieu45" / "baseline"
@@ -86,6 +96,49 @@ def install(conn: psycopg.Connection[Any]) -> None:
                 " ON CONFLICT (key) DO UPDATE SET value = excluded.value WHERE dot_config.value <> excluded.value",
                 [key, gate["value"]],
             )
+
+
+class Phase2:
+    """Phase 2 on a baseline, planned, approved and applied by the commands; all files of one operator in one folder."""
+
+    def __init__(self, db: Database, folder: Path) -> None:
+        self.db = db
+        self.folder = folder
+        self.state = folder / "state"
+        self.file = folder / "phase2.plan"
+        shutil.copytree(PROJECT / "state", self.state)
+        self.target = "sandbox"
+        if db.execute("SELECT 1 FROM pg_extension WHERE extname = 'pgcrypto'"):
+            self.edit("governance.yaml", "  targets:\n", f"  targets:\n    here: {{database: {db.name}}}\n")
+            self.target = "here"
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        """Change one file of the copy."""
+        path = self.state / file
+        text = path.read_text()
+        assert old in text, f"{file} does not hold {old!r}"
+        path.write_text(text.replace(old, new))
+
+    def run(self, command: str, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = governed.command(command, *arguments, dsn=self.db.dsn)
+        assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+        return done
+
+    def plan(self, *more: str) -> str:
+        return self.run("plan", "-s", self.state, "-t", self.target, *more).stdout
+
+    def approve(self, reason: str = "Phase 2") -> Path:
+        self.plan("--out", str(self.file))
+        made = json.loads(self.file.read_text())
+        found = {hazard for change in (*made["setup"], *made["changes"]) for hazard in change["hazards"]}
+        names = {one["address"].partition(".")[2] for one in made["invariants"] if one["missing"] == "attestation"}
+        words = [word for hazard in sorted(found) for word in ("--accept", hazard)]
+        words += [word for name in sorted(names) for word in ("--attest", name)]
+        self.run("approve", self.file, "--as", "operator", "--reason", reason, *words)
+        return self.file
+
+    def apply(self, *more: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        return self.run("apply", self.file, "--initialize", *more, code=code)
 
 
 class Queue:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import pytest
 from reconciler import ledger
 from reconciler.model import canonical
 from tests.integration import governed
-from tests.servers import PROJECT
+from tests.integration.phase2 import Phase2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,44 +52,6 @@ SECTIONS = (
     "Statements",
     "Ledger entry",
 )
-
-
-class Phase2:
-    """Phase 2 on the light baseline, planned and approved, with all the files of one operator in one folder."""
-
-    def __init__(self, db: Database, folder: Path) -> None:
-        self.db = db
-        self.folder = folder
-        self.state = folder / "state"
-        self.file = folder / "phase2.plan"
-        shutil.copytree(PROJECT / "state", self.state)
-        self.target = "sandbox"
-        if db.execute("SELECT 1 FROM pg_extension WHERE extname = 'pgcrypto'"):
-            text = (self.state / "governance.yaml").read_text()
-            here = text.replace("  targets:\n", f"  targets:\n    here: {{database: {db.name}}}\n")
-            (self.state / "governance.yaml").write_text(here)
-            self.target = "here"
-
-    def run(self, command: str, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = governed.command(command, *arguments, dsn=self.db.dsn)
-        assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
-        return done
-
-    def plan(self, *more: str) -> str:
-        return self.run("plan", "-s", self.state, "-t", self.target, *more).stdout
-
-    def approve(self, reason: str = "Phase 2") -> Path:
-        self.plan("--out", str(self.file))
-        made = json.loads(self.file.read_text())
-        found = {hazard for change in (*made["setup"], *made["changes"]) for hazard in change["hazards"]}
-        names = {one["address"].partition(".")[2] for one in made["invariants"] if one["missing"] == "attestation"}
-        words = [word for hazard in sorted(found) for word in ("--accept", hazard)]
-        words += [word for name in sorted(names) for word in ("--attest", name)]
-        self.run("approve", self.file, "--as", "operator", "--reason", reason, *words)
-        return self.file
-
-    def apply(self, *more: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        return self.run("apply", self.file, "--initialize", *more, code=code)
 
 
 @pytest.fixture

@@ -868,36 +868,21 @@ def test_waiting_for_a_lock_is_seen_by_two_sessions_only(before: Phase2, db: Dat
 # --- a rehearsal, carried into an apply -------------------------------------------------------------------------------
 
 
-class Carried:
-    """Phase 2, planned, approved and rehearsed by the command, with all files in one folder."""
+class Carried(phase2.Phase2):
+    """Phase 2, planned and approved, and rehearsed on a database beside it."""
 
-    def __init__(self, before: Phase2, scratch: Database, folder: Path) -> None:
-        self.before = before
+    def __init__(self, db: Database, scratch: Database, folder: Path) -> None:
+        super().__init__(db, folder)
         self.scratch = scratch
-        self.plan_file = folder / "phase2.plan"
         self.report = folder / "phase2.rehearsal.json"
-        self.folder = folder
-
-    def run(self, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = governed.command(*words, dsn=self.before.db.dsn)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    def plan(self) -> None:
-        self.run("plan", "-s", self.before.state, "-t", "here", "--out", self.plan_file)
-        made = json.loads(self.plan_file.read_text())
-        hazards = {hazard for change in (*made["setup"], *made["changes"]) for hazard in change["hazards"]}
-        accept = [word for hazard in sorted(hazards) for word in ("--accept", hazard)]
-        attest = governed.attests(self.plan_file)
-        self.run("approve", self.plan_file, "--as", "operator", "--reason", "a test", *accept, *attest)
 
     def rehearse(self, code: int = 0) -> None:
-        words = ("prove", "-s", self.before.state, "-t", "here", "--rehearse", "--scratch", self.scratch.dsn)
+        words = ("prove", "-s", self.state, "-t", self.target, "--rehearse", "--scratch", self.scratch.dsn)
         done = self.run(*words, "--out", self.report, code=code)
         assert f"reconciler apply PLAN --rehearsal {self.report}" in done.stderr
 
     def apply(self, *more: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        return self.run("apply", self.plan_file, "--initialize", "--rehearsal", self.report, *more, code=code)
+        return super().apply("--rehearsal", self.report, *more, code=code)
 
     def forge(self, **changes: Any) -> None:
         """As somebody would who can compute a checksum."""
@@ -906,11 +891,9 @@ class Carried:
 
 
 @pytest.fixture
-def rehearsed(before: Phase2, db: Database, tmp_path: Path) -> Carried:
-    folder = tmp_path / "files"
-    folder.mkdir()
-    made = Carried(before, db, folder)
-    made.plan()
+def rehearsed(dieu45: Database, db: Database, tmp_path: Path) -> Carried:
+    made = Carried(dieu45, db, tmp_path)
+    made.approve()
     return made
 
 
@@ -933,43 +916,43 @@ def test_a_rehearsal_is_carried_into_an_apply_and_told_as_one(rehearsed: Carried
     report = (place / "report.md").read_text()
     assert "Proofs: 15 passed, 1 rehearsed" in report
     assert "nobody signed it, and this run did not see it happen" in report
-    assert "No changes." in rehearsed.run("plan", "-s", rehearsed.before.state, "-t", "here").stdout
+    assert "No changes." in rehearsed.plan()
 
 
 def test_a_rehearsal_of_other_effects_is_refused_before_anything_begins(rehearsed: Carried) -> None:
     rehearsed.rehearse()
-    rehearsed.before.edit("gates.yaml", 'value: "10"', 'value: "20"')
-    rehearsed.plan()
-    before = image(rehearsed.before.db)
+    rehearsed.edit("gates.yaml", 'value: "10"', 'value: "20"')
+    rehearsed.approve()
+    before = image(rehearsed.db)
     done = rehearsed.apply("--evidence", rehearsed.folder / "run", code=1)
     assert "The rehearsal was of other effects" in done.stderr
     assert not (rehearsed.folder / "run").exists()
-    assert image(rehearsed.before.db) == before
+    assert image(rehearsed.db) == before
 
 
 def test_a_rehearsal_on_another_schema_is_stale(rehearsed: Carried) -> None:
     rehearsed.rehearse()
-    rehearsed.before.db.execute("CREATE TABLE public.later (id integer)")
-    before = image(rehearsed.before.db)
+    rehearsed.db.execute("CREATE TABLE public.later (id integer)")
+    before = image(rehearsed.db)
     done = rehearsed.apply("--format", "json", code=4)
     assert json.loads(done.stdout)["outcome"] == "stale"
     assert "the schema is not the one that was copied" in done.stderr
-    assert image(rehearsed.before.db) == before
-    rehearsed.before.db.execute("DROP TABLE public.later")
+    assert image(rehearsed.db) == before
+    rehearsed.db.execute("DROP TABLE public.later")
     rehearsed.apply()
 
 
 def test_a_proof_that_failed_on_the_rehearsal_rolls_the_apply_back(rehearsed: Carried) -> None:
-    rehearsed.before.edit("functions/fn_job_claim.sql", "FOR UPDATE SKIP LOCKED", "FOR UPDATE")
-    rehearsed.plan()
+    rehearsed.edit("functions/fn_job_claim.sql", "FOR UPDATE SKIP LOCKED", "FOR UPDATE")
+    rehearsed.approve()
     rehearsed.rehearse(code=3)
-    before = image(rehearsed.before.db)
+    before = image(rehearsed.db)
     done = rehearsed.apply("--evidence", rehearsed.folder / "run", "--format", "json", code=3)
     assert json.loads(done.stdout)["outcome"] == "proof_failed"
     found = json.loads((rehearsed.folder / "run" / "evidence.json").read_text())
     assert found["outcome"] == "proof_failed"
     assert [row["address"] for row in found["proofs"] if row["status"] == "failed"] == [TWO_SESSIONS]
-    assert image(rehearsed.before.db) == before
+    assert image(rehearsed.db) == before
 
 
 def test_a_forged_report_says_no_more_than_rehearsed(rehearsed: Carried) -> None:
@@ -980,12 +963,12 @@ def test_a_forged_report_says_no_more_than_rehearsed(rehearsed: Carried) -> None
         {**row, "status": "failed" if row["address"] != TWO_SESSIONS else "rehearsed", "detail": "x"} for row in proofs
     ]
     rehearsed.forge(proofs=[{**row, "status": "passed"} for row in proofs])
-    before = image(rehearsed.before.db)
+    before = image(rehearsed.db)
     assert "No rehearsal can say passed" in rehearsed.apply(code=1).stderr
     rehearsed.report.write_text(rehearsed.report.read_text().replace("passed", "rehearsed"))
     assert "changed after it was written" in rehearsed.apply(code=1).stderr
-    assert image(rehearsed.before.db) == before
-    rehearsed.report.write_bytes(planning.serialize({**json.loads(rehearsed.report.read_text()), "proofs": lied}))
+    assert image(rehearsed.db) == before
+    rehearsed.forge(proofs=lied)
     done = rehearsed.apply("--format", "json")
     said = {row["address"]: (row["status"], row["detail"]) for row in json.loads(done.stdout)["proofs"]}
     assert said.pop(TWO_SESSIONS)[0] == "rehearsed"
@@ -994,7 +977,7 @@ def test_a_forged_report_says_no_more_than_rehearsed(rehearsed: Carried) -> None
 
 
 def test_a_report_of_proofs_on_the_target_is_no_rehearsal(rehearsed: Carried) -> None:
-    done = rehearsed.run("prove", "-s", rehearsed.before.state, "-t", "here", "--out", rehearsed.report, code=1)
+    done = rehearsed.run("prove", "-s", rehearsed.state, "-t", rehearsed.target, "--out", rehearsed.report, code=1)
     assert "Add --rehearse." in done.stderr
     assert not rehearsed.report.exists()
 

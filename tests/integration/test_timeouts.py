@@ -13,7 +13,7 @@ import subprocess
 import sysconfig
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,7 @@ import pytest
 from reconciler import apply as applying
 from reconciler import evidence as evidences
 from reconciler import pg
-from reconciler import settle as settling
-from reconciler.errors import Locked, OutcomeUnknown, ServerProblem
+from reconciler.errors import Locked, ServerProblem
 from tests.fault.proxy import Proxy
 from tests.integration import governed
 from tests.integration.governed import applier, command, image
@@ -328,7 +327,6 @@ def test_a_commit_without_an_answer_is_asked_after(
     """max_duration does not end COMMIT, which nobody can take back; but nobody waits for its answer for ever."""
     monkeypatch.setattr(pg, "GRACE", 0.3)
     monkeypatch.setattr(applying, "COMMITTING", 0.5)
-    monkeypatch.setattr(settling, "PATIENCE", 0.5)
     system = governed.shop(db, tmp_path, {**LONG, "max_duration": "4s"})
     plan = system.plan()
     before = image(db)
@@ -345,12 +343,11 @@ def test_a_commit_without_an_answer_is_asked_after(
             done = system.apply(plan, dsn=proxy.dsn(db.name))
             assert done.problems[0] == "the answer to COMMIT was lost; the ledger says that it was committed"
         else:
-            with pytest.raises(OutcomeUnknown) as raised:
+            # The server, to which nothing came either, has ended it by then: idle for max_duration.
+            with pytest.raises(ServerProblem, match="the server rolled back"):
                 system.apply(plan, dsn=proxy.dsn(db.name))
-            assert "is still open in process" in " ".join(raised.value.details)
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 12
         over.set()
-    gone(db)
     if not arrived:
         assert image(db) == before
         system.apply(plan)
@@ -390,11 +387,12 @@ def test_a_statement_that_answers_in_its_last_moment_is_not_lost(db: Database) -
         assert pg.rows(conn, "SELECT 1 AS one") == [answer]
 
 
-def test_a_host_that_answers_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_answers_to_nothing(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pg, "CONNECTING", 2)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         begun = time.monotonic()
-        done = command("plan", "--dsn", f"postgresql://postgres@127.0.0.1:{deaf.getsockname()[1]}/app")
+        dsn = f"postgresql://postgres@127.0.0.1:{deaf.getsockname()[1]}/app"
+        done = command("plan", "-s", governed.shop(db, tmp_path).directory, "--dsn", dsn)
         assert time.monotonic() - begun < 10
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: Cannot connect to PostgreSQL: ")
@@ -501,7 +499,8 @@ def test_ctrl_c_rolls_back_at_once_and_says_so(db: Database, tmp_path: Path, whe
             out, err = process.communicate(timeout=LIMIT)
             assert time.monotonic() - begun < 2 * pg.GRACE + 3
         finally:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
         # Not only has the client gone: the server has stopped, long before the sleep would have ended.
         gone(db)
     assert (process.returncode, out) == (1, "")

@@ -245,7 +245,7 @@ class Opponent:
         return self.end
 
 
-class Arena:
+class Duel:
     """A small governed system on a database of its own, one approved plan, and rounds."""
 
     def __init__(self, db: Database, root: Path) -> None:
@@ -336,7 +336,7 @@ class Arena:
         with (
             mock.patch.object(pg, "connect", lent),
             mock.patch.object(applying, "check_plan", self._checked),
-            mock.patch.object(applying, "_after", lambda *_: []),
+            mock.patch.object(applying, "_after", return_value=[]),
         ):
             try:
                 yield
@@ -354,10 +354,15 @@ class Arena:
         if stage != self._stage:
             self._stage, self._number = stage, -1
 
+    @property
+    def at(self) -> Point:
+        """The last statement of the apply that was begun."""
+        return Point(self._stage, self._number)
+
     def _step(self) -> None:
         self._number += 1
         if self._hook is not None and self._stage:
-            self._hook(Point(self._stage, self._number))
+            self._hook(self.at)
 
     def _apply_waits(self) -> bool:
         """Does the apply wait for a lock? Asked by the rival's thread."""
@@ -524,17 +529,17 @@ def _other(found: Image, expected: Image, when: str) -> str:
 
 
 @contextmanager
-def arena_on(server: Server, name: str) -> Iterator[Arena]:
-    """An arena on a new database of a server that has the settings of SERVER."""
+def duel_on(server: Server, name: str) -> Iterator[Duel]:
+    """An duel on a new database of a server that has the settings of SERVER."""
     with psycopg.connect(server.dsn(), autocommit=True) as conn:
         conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
     db = Database(server, name)
     with tempfile.TemporaryDirectory() as root:
         try:
-            arena = Arena(db, Path(root))
+            duel = Duel(db, Path(root))
             try:
-                yield arena
+                yield duel
             finally:
-                arena.close()
+                duel.close()
         finally:
             db.drop()
