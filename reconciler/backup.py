@@ -1,8 +1,8 @@
 """Second step of an apply, and once more after COMMIT: what the policy asks for is copied into the evidence folder.
 
 Before, it is whole, read again and found good before BEGIN is sent: a full disk, a missing right or a damaged dump
-stops an apply that has not begun. A copy is of one snapshot, in which the plan was found to be fresh; what others commit
-between it and BEGIN is not in it, but whatever the apply changes is in it as it was when the apply changed it.
+stops an apply that has not begun. A copy is of one snapshot, in which the plan was found to be fresh. What others
+commit between it and BEGIN is not in it; whatever the apply changes is in it as it was when the apply changed it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from reconciler import __version__, image, pg, programs, scratch
-from reconciler.errors import BackupFailed, Locked, MissingProgram, ReconcilerError, SandboxError
+from reconciler.errors import BackupFailed, Locked, MissingProgram, PlanDamaged, ReconcilerError, SandboxError
 from reconciler.model import Backup, Command, Step, Verified, milliseconds
 from reconciler.parts import raw, relation
 from reconciler.plan import read, serialize, stamp
@@ -151,21 +151,21 @@ def _dump(conn: pg.Connection, task: Task, tools: programs.Tools, file: Path) ->
         f"--lock-wait-timeout={milliseconds(task.policy.lock_timeout)}",
         f"--file={file}",
     ]
-    for _ in range(task.policy.lock_retries + 1):
+    for attempt in range(task.policy.lock_retries + 1):
+        if attempt:
+            task.progress("backup", f"somebody holds a table that pg_dump must read; attempt {attempt + 1}")
         done = programs.client(tools, "pg_dump", options, task.dsn, waiting=_watch(task, "dumping", file))
         if not done.code:
             return
         why = _why("pg_dump", done)
         if "lock timeout" not in why:
-            break
-    else:
-        raise Locked(f"{why} Somebody holds a table that pg_dump must read.", details=done.said, hint=f"{SAFE} {LATER}")
-    refused = "permission denied" in why or "row-level security" in why
-    hint = "pg_dump reads every row: GRANT pg_read_all_data (and BYPASSRLS), or choose `backup: governed`."
-    raise BackupFailed(why, details=done.said, hint=f"{SAFE} {hint}" if refused else SAFE)
-
-
-LATER = "Run the command again when the other session is done."
+            refused = "permission denied" in why or "row-level security" in why
+            hint = "pg_dump reads every row: GRANT pg_read_all_data (and BYPASSRLS), or choose `backup: governed`."
+            raise BackupFailed(why, details=done.said, hint=f"{SAFE} {hint}" if refused else SAFE)
+    raise Locked(
+        "pg_dump gave up waiting: somebody holds a table that it must read.",
+        hint=f"{SAFE} Run the command again when the other session is done.",
+    )
 
 
 def _why(program: str, done: programs.Done) -> str:
@@ -246,9 +246,10 @@ def _governed(conn: pg.Connection, task: Task) -> Backup:
             opened.write(serialize(found.dump()))
             opened.flush()
             os.fsync(opened.fileno())
-        document = read(file, "backup")
-        if document != found.dump():
-            raise BackupFailed(f"{file.name} does not hold what was written to it.", hint=SAFE)
+        try:
+            document = read(file, "backup")
+        except PlanDamaged as error:
+            raise BackupFailed(error.message, hint=SAFE) from None
         sha256, size = _sum(file)
         checked = [f"read again: {len(found.objects)} governed objects"]
         if task.verify:
@@ -278,9 +279,8 @@ def _governed(conn: pg.Connection, task: Task) -> Backup:
 def _put_back(conn: pg.Connection, copy: pg.Connection, task: Task, statements: list[str], place: str) -> list[str]:
     """Run the document's own statements in a copy of the schema that the governed functions were taken out of."""
     scratch.copy_schema(conn, copy, task.dsn, place, snapshot=_exported(conn))
-    rows = scratch.rows_of(task.governed)
     for address, item in task.governed.items.items():
-        if address not in rows:
+        if item.kind == "function":
             pg.run(copy, sql.SQL("DROP ROUTINE IF EXISTS {} CASCADE").format(raw(item.name)), f"dropping {address}")
     # The rows that foreign keys and triggers look for are not governed, and not here.
     alone = make_conninfo(place, options="-c session_replication_role=replica")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -243,23 +244,24 @@ def folder(path: Path, allowed: str | None) -> Verified:
 def _sums(path: Path) -> tuple[list[str], list[str]]:
     """The listed files, and every one that is changed, missing, added or listed out of order."""
     problems: list[str] = []
-    listed: list[str] = []
-    for number, line in enumerate((path / SUMS).read_bytes().decode(errors="replace").splitlines(), 1):
-        value, gap, name = line.partition("  ")
-        if not gap or len(value) != 64:
+    listed: dict[str, str] = {}
+    raw = (path / SUMS).read_bytes()
+    for number, line in enumerate(raw.decode(errors="replace").split("\n")[:-1], 1):
+        value, _, name = line.partition("  ")
+        if not re.fullmatch(r"[0-9a-f]{64}", value):
             problems.append(f"{SUMS}, line {number}: not a line that reconciler writes")
             continue
-        listed.append(name)
+        listed[name] = value
         file = path / name
         if ".." in name.split("/") or name.startswith("/") or file.is_symlink() or not file.is_file():
             problems.append(f"{name}: missing")
         elif _sha256(file) != value:
             problems.append(f"{name}: not what {SUMS} says")
-    if listed != sorted(set(listed)):
-        problems.append(f"{SUMS}: not in the order that reconciler writes")
+    if raw != "".join(f"{value}  {name}\n" for name, value in sorted(listed.items())).encode():
+        problems.append(f"{SUMS}: not in the form and order that reconciler writes")
     there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir() or file.is_symlink()}
     problems += [f"{name}: not in {SUMS}" for name in sorted(there - set(listed) - {SUMS})]
-    return listed, problems
+    return list(listed), problems
 
 
 def _sha256(file: Path) -> str:

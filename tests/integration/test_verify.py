@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +13,7 @@ from tests.integration.governed import Governed, command, shop
 from tests.integration.test_signatures import Signed
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
@@ -207,7 +207,7 @@ def test_missing_added_and_reordered(run: Path) -> None:
     sums = run / "SHA256SUMS"
     lines = sums.read_text().splitlines(keepends=True)
     sums.write_text("".join(reversed(lines)))
-    assert "! SHA256SUMS: not in the order that reconciler writes" in judged(run)
+    assert "! SHA256SUMS: not in the form and order that reconciler writes" in judged(run)
 
 
 def test_a_folder_with_new_sums(run: Path) -> None:
