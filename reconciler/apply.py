@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from reconciler import approve, capabilities, carried, execute, ledger, live, locks, pg, settle, setup
+from reconciler import approve, backup, capabilities, carried, execute, ledger, live, locks, pg, settle, setup
 from reconciler.diff import changes as diff_changes
 from reconciler.errors import (
     Locked,
@@ -41,7 +41,7 @@ from reconciler.model import (
     milliseconds,
     tolerated,
 )
-from reconciler.plan import stamp
+from reconciler.plan import stamp, with_forgotten
 from reconciler.record import Progress, Record, Request
 from reconciler.survey import Survey, survey
 from reconciler.trust import EDITED, check_plan, same_target
@@ -101,7 +101,7 @@ def apply(request: Request, progress: Progress) -> Outcome:
     with pg.connect(request.dsn, "apply") as conn:
         pg.check_version(conn, allow_untested=request.allow_untested)
         progress("check", "identity, approvals, privileges")
-        last = _preflight(conn, request, desired)
+        last = _preflight(conn, request, desired, record)
         policy = last.policy or desired.policy
         with Waits(request.dsn, milliseconds(policy.apply.lock_timeout)) as waits:
             run = _Run(
@@ -116,13 +116,10 @@ def apply(request: Request, progress: Progress) -> Outcome:
             )
             record.begun = True
             _transaction(conn, run)
-    try:
-        progress("after", "planning again on a new connection")
-        problems = _after(request, desired)
-    except KeyboardInterrupt:
-        problems = ["not planned again: interrupted"]
-    except Exception as error:  # noqa: BLE001 - the change stands, whatever goes wrong in looking at it
-        problems = [f"not planned again: {type(error).__name__}: {error}"]
+    problems = [
+        *_whatever_happens("not backed up after the apply", lambda: _back_up_after(request, desired, policy, record)),
+        *_whatever_happens("not planned again", lambda: _plan_again(request, desired, record)),
+    ]
     record.end()
     return record.outcome(request, "applied", problems)
 
@@ -130,8 +127,8 @@ def apply(request: Request, progress: Progress) -> Outcome:
 # ---------------------------------------------------------------------------------------------------- before the change
 
 
-def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> ledger.Last:
-    """Everything that can be refused without a lock. Returns the ledger, whose policy is the one to judge by."""
+def _preflight(conn: pg.Connection, request: Request, desired: Desired, record: Record) -> ledger.Last:
+    """Everything that can be refused without a lock, and the backup. Returns the ledger, whose policy judges."""
     plan = request.plan
     with pg.snapshot(conn):
         target = live.identify(conn, desired)
@@ -164,7 +161,35 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired) -> ledge
         capabilities.check(conn, plan, target, ledger_exists=last.exists)
         if request.rehearsal is not None:
             carried.same_schema(conn, request.rehearsal)
+        policy = last.policy or desired.policy
+        if policy.apply.backup != "none":
+            # In this snapshot: then the backup holds what was approved as it is changed, and a policy that nobody saw
+            # runs no command.
+            _as_approved(plan, survey(conn, desired), _server_time(conn))
+            record.backups.append(backup.make(conn, _to_back_up(request, desired, policy, last, record, "before")))
+            record.begun = True
     return last
+
+
+def _to_back_up(  # noqa: PLR0913, PLR0917 - all that is known at that moment
+    request: Request,
+    desired: Desired,
+    policy: Policy,
+    last: ledger.Last,
+    record: Record,
+    moment: Literal["before", "after"],
+) -> backup.Task:
+    return backup.Task(
+        dsn=request.dsn,
+        governed=with_forgotten(desired, last.manifest),
+        allow_functions=tuple(last.allow_functions),
+        policy=policy.apply,
+        target=request.plan.target,
+        run_id=request.run_id,
+        folder=request.folder,
+        moment=moment,
+        progress=record,
+    )
 
 
 def _court(conn: pg.Connection, plan: Plan, last: ledger.Last, desired: Desired) -> approve.Court:
@@ -257,16 +282,7 @@ def _unchanged(conn: pg.Connection, run: _Run, xid: str) -> _Confirmed:
     found = survey(conn, run.desired)
     plan = run.request.plan
     same_target(plan.target, found.target)
-    try:
-        again = found.plan(_server_time(conn))
-    except Refused as error:
-        raise Stale("The plan is stale: the live database no longer allows it.", details=error.details) from error
-    if again.effect_digest != plan.effect_digest:
-        raise Stale(
-            "The plan is stale: what is there now is not what was approved.",
-            details=_differences(plan, again),
-            hint="Nothing was changed. Plan again, read it, approve it.",
-        )
+    again = _as_approved(plan, found, _server_time(conn))
     counted = approve.verify(
         run.request.approvals,
         _court(conn, plan, found.last, run.desired),
@@ -287,6 +303,21 @@ def _unchanged(conn: pg.Connection, run: _Run, xid: str) -> _Confirmed:
     run.progress.verdicts = found.verdicts
     approve.refuse_blocked(again)
     return _Confirmed(xid, found, again, counted)
+
+
+def _as_approved(plan: Plan, found: Survey, now: datetime) -> Plan:
+    """The plan made again from what is there now. Raises Stale when that is not what was approved."""
+    try:
+        again = found.plan(now)
+    except Refused as error:
+        raise Stale("The plan is stale: the live database no longer allows it.", details=error.details) from error
+    if again.effect_digest != plan.effect_digest:
+        raise Stale(
+            "The plan is stale: what is there now is not what was approved.",
+            details=_differences(plan, again),
+            hint="Nothing was changed. Plan again, read it, approve it.",
+        )
+    return again
 
 
 def _differences(plan: Plan, again: Plan) -> list[str]:
@@ -524,8 +555,34 @@ def _too_late(run: _Run) -> Locked:
 # -------------------------------------------------------------------------------------------------------------- the end
 
 
+def _whatever_happens(without: str, step: Callable[[], list[str]]) -> list[str]:
+    """After COMMIT nothing changes the result; what goes wrong now is said as a problem. without: in that case, what."""
+    try:
+        return step()
+    except KeyboardInterrupt:
+        return [f"{without}: interrupted"]
+    except ReconcilerError as error:
+        return [f"{without}: {error.message}"]
+    except Exception as error:  # noqa: BLE001 - the change stands
+        return [f"{without}: {type(error).__name__}: {error}"]
+
+
+def _back_up_after(request: Request, desired: Desired, policy: Policy, record: Record) -> list[str]:
+    """By the policy that the backup before was made by."""
+    if policy.apply.backup != "none":
+        with pg.connect(request.dsn, "apply") as conn, pg.snapshot(conn):
+            last = ledger.last(conn, desired.name)
+            record.backups.append(backup.make(conn, _to_back_up(request, desired, policy, last, record, "after")))
+    return []
+
+
+def _plan_again(request: Request, desired: Desired, record: Record) -> list[str]:
+    record("after", "planning again on a new connection")
+    return _after(request, desired)
+
+
 def _after(request: Request, desired: Desired) -> list[str]:
-    """After COMMIT nothing changes the result; what is wrong now is said as a problem."""
+    """What a plan shows that should be empty now, and every check that blocks."""
     try:
         with pg.connect(request.dsn, "apply") as conn, pg.snapshot(conn):
             again = survey(conn, desired)

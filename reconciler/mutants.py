@@ -20,7 +20,7 @@ from postgast import pg_query_pb2 as pb
 
 from reconciler.model import Model
 from reconciler.sql import body_of
-from reconciler.syntax import location_of, single, strings
+from reconciler.syntax import location_of, single, strings, tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -103,7 +103,7 @@ def mutants(routine: str, text: str) -> tuple[Mutant, ...]:
             whole = raw[: body.token[0]].decode() + quoted + raw[body.token[1] :].decode()
             drafts.append(_Draft(fault.mutator, line + fault.below, fault.before, fault.after, piece.text, whole))
     drafts += _of_header(tree, raw)
-    return _numbered(routine, drafts)
+    return _numbered(routine, drafts, statement.start)
 
 
 class _Draft(NamedTuple):
@@ -115,8 +115,11 @@ class _Draft(NamedTuple):
     text: str
 
 
-def _numbered(routine: str, drafts: Iterable[_Draft]) -> tuple[Mutant, ...]:
-    """Drafts with names that do not depend on what stands elsewhere in the file; equal texts only once."""
+def _numbered(routine: str, drafts: Iterable[_Draft], start: int) -> tuple[Mutant, ...]:
+    """Drafts with names that do not depend on what stands elsewhere in the file; equal texts only once.
+
+    start: where the statement begins, in bytes.
+    """
     seen: set[str] = set()
     twins: Counter[str] = Counter()
     found: list[Mutant] = []
@@ -135,15 +138,16 @@ def _numbered(routine: str, drafts: Iterable[_Draft]) -> tuple[Mutant, ...]:
                 line=draft.line,
                 before=draft.before,
                 after=draft.after,
-                text=_or_replace(draft.text),
+                text=_or_replace(draft.text, start),
             )
         )
     return tuple(found)
 
 
-def _or_replace(text: str) -> str:
+def _or_replace(text: str, start: int) -> str:
     """The statement as one that replaces; owner, grants and comment of the routine stay as they are."""
-    return re.sub(r"(?i)\bCREATE\s+(OR\s+REPLACE\s+)?", "CREATE OR REPLACE ", text, count=1)
+    statement = text.encode()[start:].decode()
+    return re.sub(r"(?i)^CREATE\b(\s+OR\s+REPLACE\b)?", "CREATE OR REPLACE", statement)
 
 
 def _dollar_quoted(body: str) -> str:
@@ -178,14 +182,14 @@ def _pieces(text: str, body: str, language: str) -> list[Piece]:
 def _described(text: str) -> Any:  # noqa: ANN401 - JSON of libpg_query
     """libpg_query's description of a PL/pgSQL routine, as JSON. Raises ValueError.
 
-    postgast 0.2 writes broken JSON for the variables that PostgreSQL fills in for a trigger (`{}},`): that is mended.
+    postgast 0.2 writes broken JSON for the variables that PostgreSQL fills in for a trigger (`,{}},`): that is mended.
     """
     try:
         return parse_plpgsql(text)
     except PgQueryError as error:
         raise ValueError(error.message) from error
     except json.JSONDecodeError as error:
-        return json.loads(error.doc.replace("{}},", "{},"))
+        return json.loads(re.sub(r"(?<=[\[,])\{\}\},", "{},", error.doc))
 
 
 class _Found(NamedTuple):
@@ -212,11 +216,19 @@ def _texts(node: Any, around: _Found) -> Iterator[_Found]:  # noqa: ANN401 - JSO
         elif name.startswith("PLpgSQL_") and isinstance(inner, dict):
             fields = cast("dict[str, Any]", inner)
             line, into = int(fields.get("lineno", around.line)), bool(fields.get("into"))
-            owner = name.removeprefix("PLpgSQL_")
-            yield from _texts(fields, around._replace(owner=owner, line=line, into=into))
+            below = around._replace(owner=name.removeprefix("PLpgSQL_"), line=line, into=into)
+            if below.owner in RETURNS and "expr" not in fields and "lineno" in fields:
+                yield below._replace(query="", mode=EXPRESSION)
+            yield from _texts(fields, below)
         else:
             yield from _texts(inner, around._replace(key=name))
 
+
+RETURNS = {"stmt_return": (b"RETURN",), "stmt_return_next": (b"RETURN", b"NEXT")}
+"""Statements that return a variable, which is no SQL text to PL/pgSQL, or nothing; with their words."""
+
+EXPRESSION = 2
+"""parseMode of an expression: RAW_PARSE_PLPGSQL_EXPR of PostgreSQL's parser.h."""
 
 ASSIGNMENTS = range(3, 6)
 """parseMode of `target := expression`: RAW_PARSE_PLPGSQL_ASSIGN1 to 3 of PostgreSQL's parser.h."""
@@ -226,25 +238,63 @@ def _plpgsql_pieces(description: Any, body: str) -> list[Piece]:  # noqa: ANN401
     """Every SQL text with its place in the body: the first one from its statement's line on that nobody took yet."""
     inner = body.encode()
     lines = [0, *(match.end() for match in re.finditer(rb"\n", inner))]
-    taken: set[int] = set()
+    source = _Source(inner, [(word.start, word.end) for word in tokens_of(body)[0]])
     found: list[Piece] = []
     for each in _texts(description, _Found("", 0, "", "", 1, into=False)):
-        wanted = each.query.encode()
-        if each.owner == "stmt_perform":
-            wanted = b"PERFORM" + wanted.removeprefix(b"SELECT")
-        start = next(
-            (
-                place
-                for place in range(lines[min(each.line, len(lines)) - 1], len(inner) - len(wanted) + 1)
-                if place not in taken and _reads(inner[place : place + len(wanted)], wanted, each)
-            ),
-            None,
-        )
-        if start is None:
+        first = lines[min(each.line, len(lines)) - 1]
+        place = source.variable(first, RETURNS[each.owner]) if not each.query else source.take(first, each)
+        if place is None:
+            if not each.query:
+                continue  # it returns nothing
             raise ValueError(f"line {each.line} of its body: {each.query[:60]!r} was not found in the text")
-        taken.add(start)
-        found.append(_piece(each, inner, start, start + len(wanted)))
+        found.append(_piece(each, inner, *place))
     return sorted(found, key=lambda piece: piece.start)
+
+
+class _Source:
+    """The body of a routine, and which of its words are not part of a text that has its place."""
+
+    def __init__(self, inner: bytes, words: Sequence[tuple[int, int]]) -> None:
+        """words: from where to where each reaches, in bytes."""
+        self.inner, self.words = inner, words
+        self.free = {start for start, _ in words}
+
+    def take(self, first: int, each: _Found) -> tuple[int, int] | None:
+        """Where a text stands, from `first` on: whole words that are all free. They are not any more."""
+        wanted = _as_written(each)
+        for start, _ in self.words:
+            end = start + len(wanted)
+            if start >= first and _reads(self.inner[start:end], wanted, each):
+                covered = [word for word in self.words if start <= word[0] < end]
+                if all(word in self.free and stop <= end for word, stop in covered):
+                    self.free -= {word for word, _ in covered}
+                    return start, end
+        return None
+
+    def variable(self, first: int, keywords: Sequence[bytes]) -> tuple[int, int] | None:
+        """Where the variable stands that the next RETURN returns; None when it returns nothing."""
+        texts = [self.inner[start:end].upper() for start, end in self.words]
+        for number, (start, _) in enumerate(self.words):
+            behind = number + len(keywords)
+            if start >= first and start in self.free and texts[number:behind] == list(keywords):
+                last = texts.index(b";", behind) - 1
+                covered = {word for word, _ in self.words[behind : last + 1]}
+                if covered <= self.free and texts[behind] not in {b"NEXT", b"QUERY"}:
+                    self.free -= {start, *covered}
+                    return (self.words[behind][0], self.words[last][1]) if covered else None
+        return None
+
+
+def _as_written(each: _Found) -> bytes:
+    """A text as it stands in the source, where PL/pgSQL changes more than it blanks out."""
+    if each.owner == "stmt_perform":
+        return b"PERFORM" + each.query.encode().removeprefix(b"SELECT")
+    values = CASE_VALUES.fullmatch(each.query) if each.owner == "case_when" else None
+    return (values[1] if values is not None else each.query).encode()
+
+
+CASE_VALUES = re.compile(r'(?s)"__Case__Variable_\d+__" IN \((.*)\)')
+"""What CASE x WHEN 1, 2 becomes: a comparison of a variable that nobody declared."""
 
 
 def _reads(here: bytes, wanted: bytes, each: _Found) -> bool:
@@ -253,7 +303,11 @@ def _reads(here: bytes, wanted: bytes, each: _Found) -> bool:
         return here[:7].upper() == b"PERFORM" and here[7:] == wanted[7:]
     if not each.into:
         return here == wanted
-    return here[:1] == wanted[:1] and all(b in {a, BLANK} for a, b in zip(here, wanted, strict=True))
+    return (
+        here[:1] == wanted[:1]
+        and len(here) == len(wanted)
+        and all(b in {a, BLANK} for a, b in zip(here, wanted, strict=True))
+    )
 
 
 BLANK = ord(" ")
@@ -331,6 +385,8 @@ def _left_out(piece: Piece, tree: pb.ParseResult, whole: str) -> Iterator[_Fault
     kind = tree.stmts[0].stmt.WhichOneof("node")
     if piece.role == "perform" or (piece.role == "statement" and kind != "select_stmt" and not piece.into):
         yield _Fault("statement", 0, whole, "nothing", "NULL")
+    elif piece.role == "sql" and kind != "select_stmt":
+        yield _Fault("statement", 0, whole, "nothing", "")
     elif piece.role == "assign":
         target = re.split(r"\s*(?::=|=)", piece.lead, maxsplit=1)[0]
         yield _Fault("statement", 0, f"{target} := {whole}", "nothing", f"{piece.lead}{target}")
@@ -619,7 +675,8 @@ def _constant(constant: pb.A_Const) -> Iterator[Edit]:
         case "ival":
             value = constant.ival.ival
             for other in (value + 1, value - 1):
-                yield "constant", lambda node, other=other: node.ival.CopyFrom(pb.Integer(ival=other))
+                if abs(other) <= MAX_INTEGER:
+                    yield "constant", lambda node, other=other: node.ival.CopyFrom(pb.Integer(ival=other))
         case "fval":
             other_text = f"1{constant.fval.fval}"
             yield "constant", lambda node: setattr(node.fval, "fval", other_text)
@@ -631,6 +688,10 @@ def _constant(constant: pb.A_Const) -> Iterator[Edit]:
             yield "constant", lambda node: setattr(node.sval, "sval", other_text)
         case _:
             pass
+
+
+MAX_INTEGER = 2**31 - 1
+"""A larger one is no integer to the parser."""
 
 
 def _other_text(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from reconciler import __version__
 from reconciler.errors import Interrupted, OutcomeUnknown
-from reconciler.model import Approval, Entry, Executed, Failure, Outcome, Plan, ProofReport, Stage, Verdict, Yes
+from reconciler.model import Approval, Backup, Entry, Executed, Failure, Outcome, Plan, ProofReport, Stage, Verdict, Yes
 from reconciler.plan import of_kind, summarize
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Request:
 class Record:
     """What an apply has done so far, kept beside it: a failed one must be told as well as a finished one.
 
-    `begun` when BEGIN was about to be sent, `committing` from COMMIT until its end is known, `committed` when the
+    `begun` when BEGIN was about to be sent, or a backup is there to be told of; `committing` from COMMIT until its end is known, `committed` when the
     server said so. `remark`: how that became known, when not by the answer to COMMIT. `doing`: the step it is at.
     """
 
@@ -61,6 +61,7 @@ class Record:
         self.finished_at: str | None = None
         self.transaction_id: str | None = None
         self.executed: list[Executed] = []
+        self.backups: list[Backup] = []
         self.entry: Entry | None = None
         self.verdicts: Sequence[Verdict] = ()
         self.found: Survey | None = None
@@ -93,7 +94,7 @@ class Record:
     @property
     def seconds(self) -> float:
         """From the first lock to COMMIT, or to the end of a run that had none."""
-        seconds = [stage.seconds for stage in self.stages if stage.name not in {"connect", "check", "after"}]
+        seconds = [stage.seconds for stage in self.stages if stage.name not in {"connect", "check", "backup", "after"}]
         return round(sum(seconds), 3)
 
     def outcome(self, request: Request, word: str, problems: Sequence[str] = ()) -> Outcome:
@@ -117,6 +118,7 @@ class Record:
             seconds=self.seconds,
             stages=self.stages,
             executed=tuple(self.executed),
+            backups=tuple(self.backups),
             approvals=tuple(_yes(approval) for approval in request.approvals),
             summary=summarize(plan.changes, plan.summary.drift, plan.summary.findings),
             invariants=of_kind(self.verdicts, "invariant"),

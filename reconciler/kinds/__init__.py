@@ -42,6 +42,13 @@ class Reading:
     findings: Sequence[Finding] = ()
 
 
+class Bystander(NamedTuple):
+    """Something of ours that a plan need not name: who wrote its row, and where it is: a table, or a routine's oid."""
+
+    xmin: str
+    at: str | int
+
+
 class Blocked(Exception):
     """The live database does not allow this change; the message says why and names both values."""
 
@@ -125,6 +132,12 @@ class Kind(ABC, Generic[D, S, R]):
         Raises ValueError with a sentence when it never may.
         """
         return rules
+
+    def bystanders(
+        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired
+    ) -> Mapping[str, Bystander]:
+        """By name, what an apply must leave alone unless its plan names it: what is in scope and not declared."""
+        return {}
 
     def settled(self, after: S, live: S | None) -> bool:
         """Is what is there after the statements what was approved?"""

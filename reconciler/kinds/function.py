@@ -165,17 +165,7 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         specs = [item.spec for item in wanted if isinstance(item.spec, FunctionSpec)]
         retired = [item for item in wanted if isinstance(item.spec, Absent)]
         names = [(spec.schema_name, spec.name) for spec in specs] + [split_identity(item.name)[:2] for item in retired]
-        found = pg.rows(
-            conn,
-            _QUERY,
-            {
-                "schemas": [schema for schema, _ in names],
-                "names": [name for _, name in names],
-                "scope_schemas": [entry.schema_name for entry in desired.scope.functions],
-                "scope_patterns": [glob_regex(entry.matching) for entry in desired.scope.functions],
-            },
-            doing="reading functions",
-        )
+        found = _rows(conn, names, desired)
         items: dict[str, Model] = {}
         facts: dict[str, Mapping[str, Json]] = {}
         findings: list[Finding] = []
@@ -210,6 +200,18 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             fact |= _defaults_of(spec, leaks)
             facts[item.address] = fact
         return Reading(items, facts, findings)
+
+    def bystanders(
+        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired
+    ) -> Mapping[str, Bystander]:
+        """The functions in scope that nobody declared, and that are no extension's."""
+        declared = {item.name for item in wanted}
+        named = {f"{self.name}.{spec.identity}": (spec, row) for row in _rows(conn, (), desired) for spec in [_spec(row)]}
+        return {
+            address: Bystander(row["xmin"], row["oid"])
+            for address, (spec, row) in named.items()
+            if spec.identity not in declared and not row["extension"]
+        }
 
     def decide(
         self, spec: FunctionSpec, rules: FunctionRules, live: FunctionSpec | None, facts: Mapping[str, Json]

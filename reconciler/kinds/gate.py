@@ -164,6 +164,24 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
         ]
         return Reading(items, facts, findings)
 
+    def bystanders(
+        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired
+    ) -> Mapping[str, Bystander]:
+        """The keys in scope that nobody declared."""
+        declared = [item.name for item in wanted]
+        found: dict[str, Bystander] = {}
+        for name, store in desired.stores.items():
+            patterns = [glob_regex(entry.matching) for entry in desired.scope.gates if entry.store == name]
+            query = sql.SQL(
+                "SELECT {key}::pg_catalog.text AS key, xmin::pg_catalog.text AS xmin FROM {table}"
+                " WHERE {key}::pg_catalog.text ~ ANY (%s::pg_catalog.text[])"
+                " AND {key}::pg_catalog.text <> ALL (%s::pg_catalog.text[])"
+            ).format(key=sql.Identifier(store.key), table=identifier(store.table))
+            if patterns:
+                rows = pg.rows(conn, query, (patterns, declared), doing=f"reading gate store {name} ({store.table})")
+                found |= {f"{self.name}.{row['key']}": Bystander(row["xmin"], store.table) for row in rows}
+        return found
+
     def decide(
         self, spec: GateSpec, rules: GateRules, live: GateSpec | None, facts: Mapping[str, Json]
     ) -> Wanted | None:

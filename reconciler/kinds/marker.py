@@ -217,6 +217,28 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
             findings += _undeclared(conn, entry.table, *known.get(entry.table, ([], [])))
         return Reading(items, facts, findings)
 
+    def bystanders(
+        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired
+    ) -> Mapping[str, Bystander]:
+        """Every row of a table in scope: a row belongs to its executor, declared or not."""
+        declared = {
+            (spec.table, *spec.key.values()): (item.address, list(spec.key))
+            for item in wanted
+            if isinstance(spec := item.spec, MarkerSpec)
+        }
+        found: dict[str, Bystander] = {}
+        for table in {entry.table for entry in desired.scope.markers} & {place[0] for place in declared}:
+            columns = next(columns for place, (_, columns) in declared.items() if place[0] == table)
+            texts = sql.SQL(", ").join(sql.SQL("{}::pg_catalog.text").format(sql.Identifier(name)) for name in columns)
+            query = sql.SQL("SELECT ARRAY[{}] AS key, xmin::pg_catalog.text AS xmin FROM {}").format(
+                texts, identifier(table)
+            )
+            for row in pg.rows(conn, query, doing=f"reading {table}"):
+                address, _ = declared.get((table, *row["key"]), (None, None))
+                name = address or f"row {', '.join(map(str, row['key']))} of {table}"
+                found[name] = Bystander(row["xmin"], table)
+        return found
+
     def decide(
         self, spec: MarkerSpec, rules: MarkerRules, live: MarkerSpec | None, facts: Mapping[str, Json]
     ) -> Wanted | None:

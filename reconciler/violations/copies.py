@@ -9,6 +9,7 @@ from psycopg import sql
 
 from reconciler import pg
 from reconciler.checks.forms import AttestInvariant
+from reconciler.errors import ServerProblem
 from reconciler.model import Check
 from reconciler.violations.relations import Row, value_of
 from reconciler.violations.scene import Key, elsewhere
@@ -27,15 +28,15 @@ Rows = dict[Key, list[Row]]
 _Item = tuple[Key, str]
 """A row of a copy: the relation, and where it is there."""
 
-MOST_QUESTIONS = 200
-"""Asked of one set of copies."""
-
 HIDDEN = {"ctid", "tableoid", "xmin", "xmax", "cmin", "cmax"}
 """Names that no column of a table may have, though one of a view may."""
 
 
 def turning(trial: Trial, scene: Scene, keys: Sequence[Key], rows: Mapping[Key, Sequence[Row]]) -> Rows:
-    """The fewest of the rows that turn the verdict when copies of these relations have them too; none if none do."""
+    """The fewest of the rows that turn the verdict when copies of these relations have them too; none if none do.
+
+    Raises ServerProblem when the query cannot be asked of copies, or of copies with any of the rows.
+    """
     with undone(trial.conn):
         copies = {key: (NAME, f"{key[1][:50]}_{number}") for number, key in enumerate(keys)}
         pg.run(trial.conn, sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(NAME)))
@@ -43,20 +44,16 @@ def turning(trial: Trial, scene: Scene, keys: Sequence[Key], rows: Mapping[Key, 
             _copied(trial.conn, scene.relations[key], copy)
         check = asking(trial.check, elsewhere(scene, copies))
         asked = replace(trial.asked, memo=memo_of(trial.conn, check, trial.asked))
-        if judged(trial.conn, check, asked).status not in HOLDS:
-            return {}
+        before = judged(trial.conn, check, asked)
+        if before.status not in HOLDS:
+            raise ServerProblem(f"asked of copies, {check.address} is {before.status}: {before.detail}")
         items = [
             (key, place)
             for key, some in rows.items()
             for place in _filled(trial.conn, scene.relations[key], copies[key], some)
         ]
-        asked_so_far = 0
 
         def status(some: Sequence[_Item]) -> str:
-            nonlocal asked_so_far
-            asked_so_far += 1
-            if asked_so_far > MOST_QUESTIONS:
-                return "held"
             left = set(some)
             with undone(trial.conn):
                 for key in rows:
@@ -66,6 +63,8 @@ def turning(trial: Trial, scene: Scene, keys: Sequence[Key], rows: Mapping[Key, 
                 return judged(trial.conn, check, asked).status
 
         sound = _sound(items, status)
+        if items and not sound:
+            raise ServerProblem(f"{check.address} fails on every row that was made up")
         left = set(_fewest(sound, status)) if sound and status(sound) == "violated" else set[_Item]()
     found: Rows = {}
     for key, some in rows.items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from contextlib import closing, suppress
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from psycopg import sql
 
@@ -51,8 +51,16 @@ _OTHERS = 3
 _BEFORE = "a row made beforehand"
 
 
-def search(trial: Trial, query: str) -> tuple[Scene, list[Attempt]]:
-    """What a query invariant (or an attestation's proxy) reads, and what was tried to turn it, until something did.
+class Found(NamedTuple):
+    """What a query reads, what was tried to turn it, and which searches could not be made at all, with the reason."""
+
+    scene: Scene
+    attempts: tuple[Attempt, ...]
+    obstructed: tuple[str, ...]
+
+
+def search(trial: Trial, query: str) -> Found:
+    """Try to turn the verdict of a query invariant (or of an attestation's proxy) until something does.
 
     Nothing stays done.
     """
@@ -61,13 +69,14 @@ def search(trial: Trial, query: str) -> tuple[Scene, list[Attempt]]:
     with trial.transaction():
         scene = read(trial.conn, query, shown=shown)
     found: list[Attempt] = []
-    with closing(_Search(trial, scene).everywhere()) as attempts:
+    searches = _Search(trial, scene)
+    with closing(searches.everywhere()) as attempts:
         for attempt in attempts:
             if attempt not in found:
                 found.append(attempt)
             if attempt.outcome == "violated":
                 break
-    return scene, found
+    return Found(scene, tuple(found), tuple(dict.fromkeys(searches.obstructed)))
 
 
 class _Search:
@@ -79,18 +88,21 @@ class _Search:
         self.scene = scene
         self.dropped: list[str] = []
         """What is out of the way throughout a transaction."""
+        self.obstructed: list[str] = []
 
     def everywhere(self) -> Generator[Attempt]:
         """One search after the other; whoever asks stops at the first violation."""
         tables = self.scene.tables()
         if tables:
-            yield from self.staged("", self.foreign_made_local, lambda: self.rows(tables, lawful=True))
+            lawful = "rows that the constraints allow"
+            yield from self.staged(lawful, self.foreign_made_local, lambda: self.rows(tables, lawful=True))
             yield from self.staged(
                 f"{_BEFORE} in each table",
                 lambda: self.given(tables),
                 lambda: self.existing_rows(tables, lawful=True, whose=_BEFORE),
             )
-            yield from self.staged("", self.foreign_made_local, lambda: self.rows(tables, lawful=False))
+            other = "rows that constraints forbid"
+            yield from self.staged(other, self.foreign_made_local, lambda: self.rows(tables, lawful=False))
             yield from self.staged(
                 "constraints of domains dropped",
                 lambda: self.without_domains(tables),
@@ -98,9 +110,10 @@ class _Search:
             )
         catalogs = self.scene.catalogs()
         if catalogs or (self.scene.calls and not tables):
-            yield from self.staged("", None, lambda: self.objects(catalogs))
+            yield from self.staged("objects made, changed and dropped", None, lambda: self.objects(catalogs))
         if raw := [key for key in catalogs if key[1] not in NAME_COLUMNS]:
-            yield from self.staged("", None, lambda: self.new_rows(raw, lawful=True, how="written straight into"))
+            straight = "written straight into"
+            yield from self.staged("rows of the catalog", None, lambda: self.new_rows(raw, lawful=True, how=straight))
         if views := self.scene.replaceable():
             yield from self.staged(
                 "views replaced by copies of their rows",
@@ -119,14 +132,22 @@ class _Search:
                 else:
                     yield Attempt(tried=words, outcome="not tried", detail=f"then it is {verdict.status}")
         except ReconcilerError as error:
-            yield Attempt(tried=words or "the search", outcome="refused", detail=refusal(error))
+            yield self.not_tried(words, error)
         self.dropped = []
+
+    def not_tried(self, words: str, error: ReconcilerError) -> Attempt:
+        """A search that could not be made: what it would have found nobody knows."""
+        self.obstructed.append(refusal(error))
+        return Attempt(tried=words, outcome="not tried", detail=refusal(error))
 
     # --------------------------------------------------------------------------------------------------------- new rows
 
     def rows(self, keys: Sequence[Key], *, lawful: bool) -> Iterator[Attempt]:
         """New rows, then existing ones."""
-        yield from self.new_rows(keys, lawful=lawful)
+        try:
+            yield from self.new_rows(keys, lawful=lawful)
+        except ReconcilerError as error:
+            yield self.not_tried("made-up rows", error)
         yield from self.existing_rows(keys, lawful=lawful)
 
     def new_rows(self, keys: Sequence[Key], *, lawful: bool, how: str = "in") -> Iterator[Attempt]:

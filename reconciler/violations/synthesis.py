@@ -130,22 +130,22 @@ def _query(trial: Trial, query: str) -> Violation:
 
     One that needs a constraint out of the way is one: then the invariant is a second line of defence.
     """
-    scene, found = search(trial, query)
+    scene, attempts, obstructed = search(trial, query)
     status: Status = "vacuous"
-    if found and found[-1].outcome == "violated":
-        gone = f" once {', '.join(found[-1].without)} is out of the way" if found[-1].without else ""
-        status, detail = "seen", f"seen{gone}: {found[-1].tried}"
+    if attempts and attempts[-1].outcome == "violated":
+        gone = f" once {', '.join(attempts[-1].without)} is out of the way" if attempts[-1].without else ""
+        status, detail = "seen", f"seen{gone}: {attempts[-1].tried}"
     elif not scene.relations and scene.calls:
         status, detail = "not_tried", "it reads no relation, and nothing that was done changes what its functions say"
     elif not scene.relations:
         detail = "it reads no relation: its answer is always the same"
-    elif all(one.outcome in {"refused", "not tried"} for one in found):
-        status, detail = "not_tried", "no violation could be made"
     elif _never(trial, query):
         detail = "it gives no row whatever the data: PostgreSQL's planner says so"
+    elif obstructed:
+        status, detail = "not_tried", f"not everything could be tried: {'; '.join(obstructed)}"
     else:
-        detail = f"none of {len(found)} kinds of attempts turned it"
-    return Violation(address=trial.check.address, status=status, attempts=tuple(found), detail=detail)
+        detail = f"none of {len(attempts)} kinds of attempts turned it"
+    return Violation(address=trial.check.address, status=status, attempts=attempts, detail=detail)
 
 
 def _never(trial: Trial, query: str) -> bool:

@@ -43,7 +43,7 @@ def said(violation: Violation) -> list[str]:
     return [str(attempt) for attempt in violation.attempts]
 
 
-# ------------------------------------------------------------------------------------------------------------- shipped
+# -------------------------------------------------------------------------------------------------------------- shipped
 
 PERSONS_WORD = {"F02-no-worker-started", "F10-start-here", "F11-law-text"}
 
@@ -115,7 +115,7 @@ def test_on_a_rehearsal_whose_tables_are_empty_too(dieu45: Database, db: Databas
     assert {name for name, one in found.items() if one.status != "seen"} == PERSONS_WORD
 
 
-# ------------------------------------------------------------------------------------------------ queries of all kinds
+# ------------------------------------------------------------------------------------------------- queries of all kinds
 
 SYSTEM = """
 CREATE SCHEMA app;
@@ -329,7 +329,8 @@ CATALOG: Queries = {
     ),
     "constraints": (
         (
-            "SELECT string_agg(pg_get_constraintdef(c.oid), ' AND ' ORDER BY c.conname) FROM pg_catalog.pg_constraint AS c"
+            "SELECT string_agg(pg_get_constraintdef(c.oid), ' AND ' ORDER BY c.conname)"
+            " FROM pg_catalog.pg_constraint AS c"
             " WHERE c.conrelid = 'app.node'::regclass AND c.contype = 'c'"
         ),
         "=CHECK ((kind = ANY (ARRAY['a'::text, 'b'::text])))",
@@ -349,7 +350,10 @@ CATALOG: Queries = {
     "broken indexes": ("SELECT i.indexrelid FROM pg_catalog.pg_index AS i WHERE NOT i.indisvalid", 0),
     "settings": ("SELECT d.setrole FROM pg_catalog.pg_db_role_setting AS d WHERE d.setdatabase = 1", 0),
     "sessions": (
-        "SELECT a.pid FROM pg_catalog.pg_stat_activity AS a WHERE a.application_name LIKE 'worker%' AND a.state = 'idle'",
+        (
+            "SELECT a.pid FROM pg_catalog.pg_stat_activity AS a"
+            " WHERE a.application_name LIKE 'worker%' AND a.state = 'idle'"
+        ),
         0,
     ),
     "slots": ("SELECT s.slot_name FROM pg_catalog.pg_replication_slots AS s", 0),
@@ -478,7 +482,7 @@ def test_the_same_is_tried_every_time(shop: Shop) -> None:
     assert shop.tried(some) == shop.tried(some)
 
 
-# ------------------------------------------------------------------------------------------------------ every other form
+# ----------------------------------------------------------------------------------------------------- every other form
 
 
 def test_every_facet_of_a_pinned_table_is_changed_and_seen(shop: Shop) -> None:
@@ -600,7 +604,7 @@ def test_an_attestation_is_only_as_good_as_its_proxy(shop: Shop) -> None:
     }
 
 
-# --------------------------------------------------------------------------------------------- a check that goes blind
+# ---------------------------------------------------------------------------------------------- a check that goes blind
 
 
 def test_a_pin_that_does_not_look_at_validity_is_found_out(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -625,7 +629,7 @@ def test_a_gate_that_nobody_reads_is_found_out(shop: Shop, monkeypatch: pytest.M
     assert (found.status, {one.outcome for one in found.attempts}) == ("unseen", {"held"})
 
 
-# ---------------------------------------------------------------------------------------------------- what stays as it is
+# -------------------------------------------------------------------------------------------------- what stays as it is
 
 
 def test_nothing_is_written_to_a_foreign_table(shop: Shop) -> None:
@@ -672,9 +676,10 @@ def test_an_owner_who_is_no_superuser_can_do_less_and_says_so(shop: Shop) -> Non
     shop.db.execute(f"ALTER SCHEMA app OWNER TO {owner}")
     for (name,) in tables:
         shop.db.execute(f"ALTER TABLE app.{name} OWNER TO {owner}")
+    shop.db.execute(f"GRANT CREATE ON DATABASE {shop.db.name} TO {owner}")
     wanted = shop.wanted(
         {
-            **declared({"two columns": ROWS["two columns"], "sessions": CATALOG["slots"]}),
+            **declared({"two columns": ROWS["two columns"], "slots": CATALOG["slots"]}),
             "cron": {"forbid": {"extension": "nosuch"}},
             "alone": {"untouched": ["app.node"]},
             "shut": {"gate": "app.open", "equals": "false", "row": "untouched"},
@@ -684,11 +689,12 @@ def test_an_owner_who_is_no_superuser_can_do_less_and_says_so(shop: Shop) -> Non
     assert {name: one.status for name, one in found.items()} == {
         "alone": "seen",
         "cron": "not_tried",
-        "sessions": "not_tried",
         "shut": "seen",
+        "slots": "not_tried",
         "two-columns": "seen",
     }
-    assert "refused" in found["cron"].detail
+    assert "permission denied" in found["cron"].detail
+    assert "permission denied" in found["slots"].detail
 
 
 def test_a_lost_connection_is_an_error_and_no_verdict(shop: Shop) -> None:
