@@ -7,7 +7,21 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from reconciler import approve, backup, capabilities, carried, execute, ledger, live, locks, pg, settle, setup
+from reconciler import (
+    approve,
+    backup,
+    bystanders,
+    capabilities,
+    carried,
+    deferred,
+    execute,
+    ledger,
+    live,
+    locks,
+    pg,
+    settle,
+    setup,
+)
 from reconciler.diff import changes as diff_changes
 from reconciler.errors import (
     Locked,
@@ -48,7 +62,7 @@ from reconciler.trust import EDITED, check_plan, same_target
 from reconciler.waits import Waits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
 
@@ -61,9 +75,6 @@ BELT = 5_000
 
 COMMITTING = 10.0
 """Seconds that the answer to COMMIT may take at least, also when max_duration is nearly over."""
-
-DRAINS = 20
-"""How often deferred triggers may defer each other before the apply gives up."""
 
 
 @dataclass(frozen=True)
@@ -220,9 +231,10 @@ def _transaction(conn: pg.Connection, run: _Run) -> None:
             before = locks.take(conn, _task(run), lambda xid: _unchanged(conn, run, xid))
             record.found = before.survey
             memos = live.remember(conn, Asked(run.desired, before.survey.last.allow_functions))
+            seen = bystanders.look(conn, run.desired)
             _execute(conn, run)
             run.waits.ready(conn)
-            verdicts, found = _look_again(conn, run, memos, before.approvals)
+            verdicts, found = _look_again(conn, run, memos, seen, before.approvals)
             record.found = replace(before.survey, live=found)
             record.entry = _record(conn, run, before, found, verdicts)
             _still(conn, run, found, before.xid)
@@ -400,7 +412,7 @@ def _marker_is_there(conn: pg.Connection, run: _Run, change: Change, answer: str
 
 
 def _look_again(
-    conn: pg.Connection, run: _Run, memos: Mapping[str, Json], counted: Sequence[Approval]
+    conn: pg.Connection, run: _Run, memos: Mapping[str, Json], seen: bystanders.Seen, counted: Sequence[Approval]
 ) -> tuple[Sequence[Verdict], Live]:
     """Verify by reading: nothing left to do, every object as approved, every invariant held. Raises Stale, Violated."""
     run.progress("verify", "reading everything again before COMMIT")
@@ -419,6 +431,7 @@ def _look_again(
     wrong += [
         f"{change.address}: {', '.join(field.name for field in change.fields) or change.reason}" for change in left
     ]
+    wrong += bystanders.moved(conn, run.desired, seen, run.request.plan.changes)
     if wrong:
         raise Stale(
             "Rolled back: after the statements ran, the database was not what was approved.",
@@ -441,29 +454,7 @@ def _look_again(
 
 
 def _drain(conn: pg.Connection, run: _Run) -> None:
-    """Run every deferred trigger now, to the last: what ran at COMMIT would run after the last look.
-
-    A trigger can defer the next one again, so it is repeated until it writes nothing; only a write can queue a trigger.
-    """
-    for _ in range(DRAINS):
-        before = _writes(conn)
-        pg.run(conn, "SET CONSTRAINTS ALL IMMEDIATE", "making deferred constraints immediate")
-        if _writes(conn) == before:
-            pg.settings(conn, milliseconds(run.policy.apply.statement_timeout))
-            return
-        _in_time(run)
-    raise Stale(
-        "Rolled back: deferred triggers keep writing and deferring each other.",
-        hint="Look for triggers that execute SET CONSTRAINTS.",
-    )
-
-
-def _writes(conn: pg.Connection) -> int:
-    query = """
-        SELECT coalesce(pg_catalog.sum(n_tup_ins + n_tup_upd + n_tup_del), 0)::pg_catalog.int8 AS writes
-          FROM pg_catalog.pg_stat_xact_all_tables
-    """
-    return pg.rows(conn, query, doing="reading our own write counters")[0]["writes"]
+    deferred.drain(conn, milliseconds(run.policy.apply.statement_timeout), lambda: _in_time(run))
 
 
 def _settled(change: Change, found: Live) -> bool:
@@ -556,7 +547,7 @@ def _too_late(run: _Run) -> Locked:
 
 
 def _whatever_happens(without: str, step: Callable[[], list[str]]) -> list[str]:
-    """After COMMIT nothing changes the result; what goes wrong now is said as a problem. without: in that case, what."""
+    """After COMMIT nothing changes the result; what goes wrong now is said as a problem: that it was done `without`."""
     try:
         return step()
     except KeyboardInterrupt:

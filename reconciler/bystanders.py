@@ -1,7 +1,8 @@
 """Inside an apply: what the scope covers and no plan names. This transaction leaves it alone; others may change it.
 
 Triggers and event triggers can do more than what was approved: add a key or a function, forge a beat of somebody else's
-executor. Who wrote a row is told by its transaction id, who deleted one by our own counters and locks.
+executor, write over another connection what no rollback reaches. Who wrote a row is told by its transaction id, who
+deleted one by our own counters and locks.
 """
 
 from __future__ import annotations
@@ -21,18 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was there under the locks, before the first statement; and what we had written to each table by then."""
+    """What was there under the locks, before the first statement; and what we had written and called by then."""
 
     found: Mapping[str, Bystander]
     written: Mapping[str, Json]
+    calls: Mapping[str, int | None]
 
 
 def look(conn: pg.Connection, desired: Desired) -> Seen:
-    """Everything that must be remembered for `moved`."""
+    """What must be remembered for `moved`. From here on calls are counted, where this role may ask for it."""
+    transitions.track(conn)
     tables = {store.table for store in desired.stores.values()} | {entry.table for entry in desired.scope.markers}
     return Seen(
         found=_read(conn, desired),
         written={table: {**transitions.family(conn, [table]), "unknown": ""} for table in sorted(tables)},
+        calls=transitions.calls(conn),
     )
 
 
@@ -44,9 +48,12 @@ def moved(conn: pg.Connection, desired: Desired, before: Seen, changes: Sequence
     own = _ours(conn, {one.xmin for one in other.values()})
     lost = {name: one for name, one in before.found.items() if name not in now and name not in planned}
     taken = _taken(conn, lost.values(), before, changes)
+    foreign = pg.rows(conn, _FOREIGN, doing="reading our own locks")
     return [
         *(f"{name}: written inside of the apply, and in no plan" for name, one in other.items() if one.xmin in own),
         *(f"{name}: taken away inside of the apply, and in no plan" for name, one in lost.items() if one.at in taken),
+        *(f"{row['name']}: a foreign table was written, and that commits elsewhere" for row in foreign),
+        *transitions.called(conn, before.calls),
     ]
 
 
@@ -86,6 +93,15 @@ _DROPPED = """
 SELECT l.objid::pg_catalog.int8 AS oid FROM pg_catalog.pg_locks l
  WHERE l.pid = pg_catalog.pg_backend_pid() AND l.granted AND l.mode = 'AccessExclusiveLock' AND l.locktype = 'object'
    AND l.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass AND l.objid = ANY (%s::pg_catalog.int8[]::pg_catalog.oid[])
+"""
+
+_FOREIGN = """
+SELECT DISTINCT l.relation::pg_catalog.regclass::pg_catalog.text AS name
+  FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_class c ON c.oid = l.relation
+ WHERE l.pid = pg_catalog.pg_backend_pid() AND l.granted AND l.locktype = 'relation' AND c.relkind = 'f'
+   AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
+   AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
+ ORDER BY 1
 """
 
 _OURS = """

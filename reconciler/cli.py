@@ -174,7 +174,7 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
       reconciler plan --out phase2.plan --detailed-exitcode
     """
     from reconciler import approve as approvals
-    from reconciler import desired, drift, pg
+    from reconciler import desired, drift, obstacles, pg
     from reconciler import plan as plans
     from reconciler.errors import UsageError
     from reconciler.render import text
@@ -187,8 +187,8 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
         pg.check_version(conn, allow_untested=given["allow_untested_server"])
         with pg.snapshot(conn):
             found = survey(conn, wanted)
-    moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
-    made = found.plan(datetime.now(UTC), moved.drift)
+            moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
+            made = obstacles.shown(conn, wanted, found.plan(datetime.now(UTC), moved.drift))
     shown = made if given["show_values"] else plans.masked(made)
     if given["form"] == "text":
         click.echo(text.plan(shown, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
@@ -364,7 +364,7 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
         rehearsal=carried.load(given["rehearsal_file"]) if given["rehearsal_file"] else None,
     )
     place = given["evidence"] or _evidence_parent() / evidences.default_name(request.run_id, datetime.now(UTC))
-    request = replace(request, settle_by=_settle_command(ctx, place))
+    request = replace(request, settle_by=_settle_command(ctx, place), folder=place)
     kept = _Kept(
         evidences.Folder(place),
         made,
@@ -669,7 +669,7 @@ def revert(ctx: click.Context, /, entry: str, **given: Any) -> None:  # noqa: AN
     """
     if given["prove"]:
         ctx.exit(_prove_revert(Path(entry), given))
-    from reconciler import desired, drift, ledger, live, pg
+    from reconciler import desired, drift, ledger, live, obstacles, pg
     from reconciler import revert as undoing
     from reconciler.errors import UsageError
     from reconciler.render import text
@@ -695,8 +695,8 @@ def revert(ctx: click.Context, /, entry: str, **given: Any) -> None:  # noqa: AN
             before = ledger.numbered(conn, files.name, number - 1)
             wanted = undoing.declarations(undoing.of_entry(undone, before, last.entry), files)
             found = survey(conn, wanted)
-    moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
-    made = found.plan(datetime.now(UTC), moved.drift)
+            moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
+            made = obstacles.shown(conn, wanted, found.plan(datetime.now(UTC), moved.drift))
     if given["form"] == "text":
         click.echo(text.plan(made, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
     else:

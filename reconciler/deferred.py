@@ -17,8 +17,8 @@ ROUNDS = 20
 def drain(conn: pg.Connection, statement_timeout_ms: int, in_time: Callable[[], object]) -> None:
     """Run every deferred trigger now; afterwards the session is as `pg.settings` leaves it, and the role our own.
 
-    A trigger can defer the next one again, so it is repeated until nothing is written: only a write can queue a trigger.
-    That is known from our own counters; where they cannot tell, and there are triggers to defer, the apply ends.
+    A trigger can defer the next one again, so it is repeated until nothing is written: only a write can queue one. That
+    is known from our own counters; where they cannot tell, and there are triggers to defer, the apply ends.
     in_time: asked between the rounds, raises when there is no time left. Raises Stale.
     """
     for _ in range(ROUNDS):
@@ -52,8 +52,8 @@ def _refuse_blind(seen: dict[str, Any]) -> None:
         )
     if seen["emptied"]:
         raise Stale(
-            f"Rolled back: {', '.join(seen['emptied'])} was emptied, created, altered or dropped by a trigger, so nobody"
-            " can tell when deferred triggers are done.",
+            f"Rolled back: a trigger emptied, created, altered or dropped {', '.join(seen['emptied'])}, so nobody can"
+            " tell when deferred triggers are done.",
             hint="Look at the triggers of the tables that were written.",
         )
 

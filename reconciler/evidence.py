@@ -191,9 +191,10 @@ def files(  # noqa: PLR0913 - what a folder consists of
     made["statements.sql"] = statements(found).encode()
     if entry is not None:
         made["ledger-entry.json"] = serialize(entry.dump())
-    made[SUMS] = "".join(
-        f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(made.items())
-    ).encode()
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in made.items()}
+    # Backups lie there already, and may be too large to be read once more.
+    sums |= {one.file: one.sha256 for one in found.backups if one.file is not None and one.sha256 is not None}
+    made[SUMS] = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())).encode()
     return made
 
 

@@ -136,6 +136,27 @@ def last(conn: pg.Connection, name: str) -> Last:
     )
 
 
+def check_apart(conn: pg.Connection, desired: Desired) -> None:
+    """No other governance name on this database owns what these files own. Raises Refused, naming every overlap."""
+    rows = pg.rows(
+        conn,
+        """
+        SELECT DISTINCT ON (e.name) e.name, e.body::pg_catalog.jsonb -> 'scope' AS scope
+          FROM reconciler.entry e WHERE e.name <> %s ORDER BY e.name, e.number DESC
+        """,
+        (desired.name,),
+        doing="reading the scopes of other names",
+    )
+    ours = setup.scope(desired)
+    found = [f"{row['name']}: {what}" for row in rows for what in setup.overlaps(ours, row["scope"])]
+    if found:
+        raise Refused(
+            f"The scope of {desired.name} overlaps with what another name governs on this database.",
+            details=found,
+            hint="An object belongs to one name: make the scopes narrower.",
+        )
+
+
 def of_run(conn: pg.Connection, name: str, run_id: str) -> Entry | None:
     """The entry that this run wrote, None when it wrote none. Raises Refused for one that was changed."""
     rows = pg.rows(
@@ -211,7 +232,8 @@ def check_shape(conn: pg.Connection, *, written_by_us: bool = False) -> None:
             (row["constraints"] != _CONSTRAINTS, "its constraints are not those of a ledger"),
             (row["triggers"] != _TRIGGERS, "its triggers are not those of a ledger"),
             (row["source"] is None or row["source"] not in setup.source(), "its trigger function is not ours"),
-            (bool(row["others"]), "it has rules, policies or child tables"),
+            (bool(row["others"]), "it has rules, policies, child tables or indexes that compute something"),
+            (row["logged"] is False, "it is unlogged, so a crash would empty it"),
             (
                 written_by_us and not row["trusted"],
                 f"it belongs to {row['owner']}, whose code this role should not run",
@@ -286,31 +308,41 @@ _COLUMNS = [
     "hash text not null",
 ]
 _CONSTRAINTS = [
-    "entry_hash_check c",
-    "entry_hash_key u",
-    "entry_number_check c",
-    "entry_pkey p",
-    "entry_previous_check c",
-    "entry_run_id_key u",
+    "entry_hash_check: CHECK ((hash = encode(sha256(convert_to((previous || body), 'UTF8'::name)), 'hex'::text)))",
+    "entry_hash_key: UNIQUE (hash)",
+    "entry_number_check: CHECK ((number >= 1))",
+    "entry_pkey: PRIMARY KEY (name, number)",
+    "entry_previous_check: CHECK ((previous ~ '^[0-9a-f]{64}$'::text))",
+    "entry_run_id_key: UNIQUE (run_id)",
 ]
-_TRIGGERS = ["entry_is_append_only_row O", "entry_is_append_only_statement O"]
+_TRIGGERS = [
+    f"O CREATE TRIGGER entry_is_append_only_{name} BEFORE {events} ON reconciler.entry FOR EACH {name.upper()}"
+    " EXECUTE FUNCTION reconciler.entry_is_append_only()"
+    for name, events in (("row", "INSERT OR DELETE OR UPDATE"), ("statement", "TRUNCATE"))
+]
 
 _SHAPE = """
 SELECT (SELECT pg_catalog.array_agg(
                    pg_catalog.format('%s %s%s', a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod),
                                      CASE WHEN a.attnotnull THEN ' not null' ELSE '' END) ORDER BY a.attnum)
           FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
-       (SELECT pg_catalog.array_agg(pg_catalog.format('%s %s', k.conname, k.contype) ORDER BY k.conname)
+       (SELECT pg_catalog.array_agg(pg_catalog.format('%s: %s', k.conname, pg_catalog.pg_get_constraintdef(k.oid))
+                                    ORDER BY k.conname)
           FROM pg_catalog.pg_constraint k
          WHERE k.conrelid = c.oid AND k.contype <> 'n' AND k.convalidated) AS constraints,
-       (SELECT pg_catalog.array_agg(pg_catalog.format('%s %s', t.tgname, t.tgenabled) ORDER BY t.tgname)
+       (SELECT pg_catalog.array_agg(pg_catalog.format('%s %s', t.tgenabled, pg_catalog.pg_get_triggerdef(t.oid))
+                                    ORDER BY t.tgname)
           FROM pg_catalog.pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal) AS triggers,
        (SELECT pg_catalog.max(p.prosrc) FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
          WHERE t.tgrelid = c.oid AND NOT t.tgisinternal
         HAVING pg_catalog.count(DISTINCT p.oid) = 1) AS source,
        EXISTS (SELECT FROM pg_catalog.pg_rewrite r WHERE r.ev_class = c.oid)
            OR EXISTS (SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = c.oid)
-           OR EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE c.oid IN (i.inhrelid, i.inhparent)) AS others,
+           OR EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE c.oid IN (i.inhrelid, i.inhparent))
+           -- What an index computes, or decides by, is code that an insert runs.
+           OR EXISTS (SELECT FROM pg_catalog.pg_index x
+                       WHERE x.indrelid = c.oid AND (x.indexprs IS NOT NULL OR x.indpred IS NOT NULL)) AS others,
+       c.relpersistence = 'p' AS logged,
        o.rolname::pg_catalog.text AS owner,
        o.rolsuper
            -- A superuser is a member of everything; that says nothing about whose code it should run.

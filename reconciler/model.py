@@ -455,6 +455,58 @@ class Drift(Model):
     reason: str = ""
 
 
+class Lock(Model):
+    """One lock that an apply takes and keeps until COMMIT. Informative: no digest covers it.
+
+    `on` and `name`: a table; a row of the table of that name, with its `key`; a routine by its identity; a schema; the
+    name of what is governed, for the lock that keeps two applies apart. `waits`: whom it keeps waiting, in words.
+    """
+
+    address: Address
+    mode: str
+    on: Literal["table", "row", "routine", "schema", "name"]
+    name: str
+    key: dict[str, str] = {}
+    waits: str
+
+    @property
+    def place(self) -> str:
+        """What is locked, in words."""
+        if self.on == "row":
+            return f"row {', '.join(self.key.values())} of {self.name}"
+        return f"{self.on} {self.name}"
+
+
+class Obstacle(Model):
+    """Who had something in the way of an apply when its plan was made. Never what they were executing.
+
+    `pid` is 0 for a prepared transaction. `since`: when the transaction began. What the role may not see is None.
+    `certain`: an apply would wait; otherwise it might.
+    """
+
+    address: Address
+    place: str
+    holds: str
+    certain: bool
+    pid: int
+    role: str | None
+    application: str | None
+    state: str | None
+    since: Moment | None
+
+
+class Locks(Model):
+    """Which locks an apply would take, and who was in the way at that moment.
+
+    `looked`: could this role look who is in the way? `not_seen`: what it, or nobody, could see.
+    """
+
+    needed: tuple[Lock, ...]
+    looked: bool
+    in_the_way: tuple[Obstacle, ...]
+    not_seen: tuple[str, ...]
+
+
 class Summary(Model):
     """The numbers of the `Plan:` line."""
 
@@ -492,6 +544,8 @@ class Plan(Model):
     proofs: tuple[Verdict, ...]
     surface: tuple[Verdict, ...]
     not_compared: tuple[NotCompared, ...]
+    locks: Locks | None = None
+    """What `reconciler plan` saw of locks; None where nobody looked."""
     summary: Summary
     effects_digest: str
     effect_digest: str

@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -64,8 +65,9 @@ MUTATORS: dict[str, str] = {
 class Piece:
     """One SQL text inside a routine that can be parsed alone.
 
-    start, end: where it stands in the body, in bytes. wrap: what must stand before it to make it a statement. into: the
-    INTO clause that PL/pgSQL takes out of it. role: what it is to the statement around it.
+    start, end: where it stands in the body, in bytes. role: what it is to the statement around it. wrap: what must
+    stand before it to make it a statement. lead: what stands before it in the body, as `target` := does. into: the INTO
+    clause that PL/pgSQL takes out of it.
     """
 
     text: str
@@ -75,6 +77,7 @@ class Piece:
     wrap: str = ""
     lead: str = ""
     into: str = ""
+    target: str = ""
 
 
 def mutants(routine: str, text: str) -> tuple[Mutant, ...]:
@@ -189,7 +192,8 @@ def _described(text: str) -> Any:  # noqa: ANN401 - JSON of libpg_query
     except PgQueryError as error:
         raise ValueError(error.message) from error
     except json.JSONDecodeError as error:
-        return json.loads(re.sub(r"(?<=[\[,])\{\}\},", "{},", error.doc))
+        variables, action, statements = error.doc.partition('"action":{')
+        return json.loads(re.sub(r"(?<=[\[,])\{\}\},", "{},", variables) + action + statements)
 
 
 class _Found(NamedTuple):
@@ -319,9 +323,8 @@ def _piece(each: _Found, inner: bytes, start: int, end: int) -> Piece:
     if each.owner == "stmt_perform":
         return Piece(text[7:], start, end, "perform", "SELECT", "PERFORM")
     if each.mode in ASSIGNMENTS:
-        lead = re.match(r"(?s).*?(:=|=)\s*", text)
-        cut = lead.end() if lead is not None else 0
-        return Piece(text[cut:], start, end, "assign", "SELECT ", text[:cut])
+        target, value = _sides(text)
+        return Piece(value, start, end, "assign", "SELECT ", text.removesuffix(value), target=target)
     if each.mode == 0:
         if not each.into:
             return Piece(each.query, start, end, "statement")
@@ -333,6 +336,18 @@ def _piece(each: _Found, inner: bytes, start: int, end: int) -> Piece:
         return Piece(each.query, start, end, "statement", into=into)
     role = "condition" if each.key == "cond" else each.key
     return Piece(text, start, end, role, "SELECT ")
+
+
+def _sides(assignment: str) -> tuple[str, str]:
+    """The target and the value of an assignment. In its brackets the target may hold an = too."""
+    raw, depth = assignment.encode(), 0
+    words = tokens_of(assignment)[0]
+    for word, after in pairwise(words):
+        said = raw[word.start : word.end]
+        depth += (said in {b"[", b"("}) - (said in {b"]", b")"})
+        if not depth and said in {b":=", b"="}:
+            return raw[: word.start].decode().rstrip(), raw[after.start :].decode()
+    raise ValueError(f"{assignment!r} assigns nothing")
 
 
 def _into(written: bytes, without: bytes) -> str:
@@ -356,8 +371,11 @@ class _Fault(NamedTuple):
 
 def _of_piece(piece: Piece) -> Iterator[_Fault]:
     """Every fault in one piece. Raises ValueError when the deparser would change more than the fault."""
-    tree = parse(piece.wrap + piece.text)
-    whole = _back(tree, piece)
+    try:
+        tree = parse(piece.wrap + piece.text)
+        whole = _back(tree, piece)
+    except PgQueryError as error:
+        raise ValueError(f"{piece.text!r} cannot be parsed and written back: {error.message}") from error
     if _bare(parse(piece.wrap + whole)) != _bare(tree):
         raise ValueError(f"the deparser reads {piece.text!r} as something else")
     if piece.role == "condition":
@@ -388,8 +406,7 @@ def _left_out(piece: Piece, tree: pb.ParseResult, whole: str) -> Iterator[_Fault
     elif piece.role == "sql" and kind != "select_stmt":
         yield _Fault("statement", 0, whole, "nothing", "")
     elif piece.role == "assign":
-        target = re.split(r"\s*(?::=|=)", piece.lead, maxsplit=1)[0]
-        yield _Fault("statement", 0, f"{target} := {whole}", "nothing", f"{piece.lead}{target}")
+        yield _Fault("statement", 0, f"{piece.target} := {whole}", "nothing", f"{piece.lead}{piece.target}")
 
 
 def _back(tree: pb.ParseResult, piece: Piece) -> str:

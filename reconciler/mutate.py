@@ -15,6 +15,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from reconciler import pg
+from reconciler.checks.invariant import CHECK as INVARIANT
 from reconciler.checks.proof import CHECK as PROOF
 from reconciler.checks.proof import ProofSpec
 from reconciler.checks.proof import rehearse as with_two_sessions
@@ -24,6 +25,7 @@ from reconciler.model import FORMAT_VERSION, Asked, Check, Desired, Model, Targe
 from reconciler.mutants import MUTATORS, Mutant, mutants
 from reconciler.rehearsal import prepared
 from reconciler.sql import split_identity
+from reconciler.violations import Violation, synthesise
 from reconciler.yamltext import parse, read_text, validate
 
 if TYPE_CHECKING:
@@ -83,6 +85,8 @@ class MutationReport(Model):
     unparsed: dict[str, str]
     unknown: tuple[str, ...]
     """Ids of the file of equivalents that name no mutant any more."""
+    invariants: tuple[Violation, ...] = ()
+    """What came of violating each invariant."""
 
 
 class Told(Protocol):
@@ -105,6 +109,8 @@ def mutate(  # noqa: PLR0913 - what a rehearsal needs, and what is said about it
 ) -> MutationReport:
     """Plant every fault in every declared function, one at a time, and play the proofs until one fails.
 
+    Then make a violation of every invariant.
+
     state: the directory that `desired` was loaded from. equivalent: a file of mutants known to make no difference.
     Raises what a rehearsal raises; ServerProblem when a proof fails before any fault was planted.
     """
@@ -115,6 +121,7 @@ def mutate(  # noqa: PLR0913 - what a rehearsal needs, and what is said about it
         trial = _Trial.of(copy, desired)
         left, fates = _one_session(trial, planted, told)
         left = _two_sessions(trial, left, fates, told)
+        violations = _violations(trial, desired)
     survivors = tuple(
         Survivor(
             id=each.id,
@@ -127,9 +134,10 @@ def mutate(  # noqa: PLR0913 - what a rehearsal needs, and what is said about it
         for each in left
     )
     bad = [each for each in survivors if not each.because]
+    blind = [each for each in violations if each.status in {"unseen", "vacuous"}]
     killers = Counter(fate for fate in fates.values() if fate)
     return MutationReport(
-        outcome="proof_failed" if bad else "no_changes",
+        outcome="proof_failed" if bad else "violated" if blind else "no_changes",
         target=copy.target,
         server_version=copy.rehearsal.server_version,
         seconds=round(time.monotonic() - started, 1),
@@ -139,12 +147,23 @@ def mutate(  # noqa: PLR0913 - what a rehearsal needs, and what is said about it
         idle=tuple(check.address for check in trial.proofs if check.address not in killers),
         unparsed=unparsed,
         unknown=tuple(sorted(set(known) - {each.id for each in planted})),
+        invariants=violations,
     )
 
 
+def _violations(trial: _Trial, desired: Desired) -> tuple[Violation, ...]:
+    """Every invariant with a violation made for it."""
+    with pg.connect(trial.copy.dsn, "prove") as conn:
+        return tuple(
+            synthesise(conn, check, Asked(desired, trial.copy.allow_functions, inside=True))
+            for check in desired.checks.values()
+            if check.kind == INVARIANT.name
+        )
+
+
 def exit_code(found: MutationReport) -> int:
-    """3 when a fault went unnoticed that is not known to make no difference, else 0."""
-    return 3 if found.outcome == "proof_failed" else 0
+    """3 when a fault that is not known to make no difference, or a violation, went unnoticed; else 0."""
+    return 0 if found.outcome == "no_changes" else 3
 
 
 def _known(path: Path | None) -> Mapping[str, Equivalent]:

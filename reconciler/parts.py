@@ -12,7 +12,7 @@ from psycopg import sql
 
 from reconciler import pg
 from reconciler.errors import MissingPrivilege, ServerProblem, Stale
-from reconciler.model import Address, Change, Declared, GateStore, JsonObject, Model, Policy, Statement
+from reconciler.model import Address, Change, Declared, GateStore, JsonObject, Lock, Model, Policy, Statement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -202,6 +202,20 @@ def hold_row(conn: pg.Connection, name: str, where: sql.Composable, change: Chan
             f"The plan is stale: {change.address} is no longer the row that was approved.",
             hint="Nothing was changed. Plan again, read it, approve it.",
         )
+
+
+def table_lock(address: Address, name: str) -> Lock:
+    """What `hold` takes."""
+    return Lock(address=address, mode="ROW EXCLUSIVE", on="table", name=name, waits="who alters the table")
+
+
+def row_lock(change: Change, name: str, key: Mapping[str, str]) -> Lock:
+    """What `hold_row` takes, or an INSERT of the key."""
+    mode, waits = "INSERT", "who inserts the same key"
+    if change.before is not None:
+        mode = "FOR UPDATE" if change.after is None else "FOR NO KEY UPDATE"
+        waits = "who changes or deletes this row"
+    return Lock(address=change.address, mode=mode, on="row", name=name, key=dict(key), waits=waits)
 
 
 def mentioned(conn: pg.Connection, name: str, retired: Sequence[Declared]) -> list[str]:

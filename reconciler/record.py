@@ -14,6 +14,7 @@ from reconciler.plan import of_kind, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from reconciler.errors import ReconcilerError
     from reconciler.survey import Survey
@@ -41,13 +42,16 @@ class Request:
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     settle_by: str = "reconciler settle EVIDENCE"
     """What to type when the answer to COMMIT was lost and nobody could be asked."""
+    folder: Path | None = None
+    """Where backups are put: the place of the evidence, which is there already."""
 
 
 class Record:
     """What an apply has done so far, kept beside it: a failed one must be told as well as a finished one.
 
-    `begun` when BEGIN was about to be sent, or a backup is there to be told of; `committing` from COMMIT until its end is known, `committed` when the
-    server said so. `remark`: how that became known, when not by the answer to COMMIT. `doing`: the step it is at.
+    `begun` when BEGIN was about to be sent, or a backup is there to be told of; `committing` from COMMIT until its end
+    is known, `committed` when the server said so. `remark`: how that became known, when not by the answer to COMMIT.
+    `doing`: the step it is at.
     """
 
     def __init__(self, progress: Progress) -> None:

@@ -22,6 +22,7 @@ from urllib.parse import quote
 import postgast
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
 from reconciler import pg
 from reconciler.errors import SandboxError
@@ -124,6 +125,11 @@ def load(directory: Path, dsn: str | None) -> list[Path]:
                 except psycopg.Error as error:
                     raise _located(statement, error) from error
     return files
+
+
+def here(dsn: str) -> str:
+    """The connection string of a server of ours for our own use: with PGHOSTADDR set, libpq would go to another one."""
+    return make_conninfo(dsn, hostaddr="", options="")
 
 
 def default_home() -> Path:
@@ -390,18 +396,18 @@ def _locked(home: Path) -> Generator[None]:
 
 
 def _has_database(cluster: Cluster, database: str) -> bool:
-    with pg.connect(cluster.dsn("postgres"), "sandbox") as conn:
+    with pg.connect(here(cluster.dsn("postgres")), "sandbox") as conn:
         return bool(pg.rows(conn, "SELECT FROM pg_catalog.pg_database WHERE datname = %s", [database]))
 
 
 def _build_database(cluster: Cluster, database: str, directory: Path | None) -> None:
     """Create and load under another name first, so that a database with the right name is always a complete one."""
     partial = sql.Identifier(f"{database} (partial)")
-    with pg.connect(cluster.dsn("postgres"), "sandbox") as conn:
+    with pg.connect(here(cluster.dsn("postgres")), "sandbox") as conn:
         pg.run(conn, sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(partial))
         pg.run(conn, sql.SQL("CREATE DATABASE {}").format(partial), doing="creating the database")
         if directory is not None:
-            load(directory, cluster.dsn(f"{database} (partial)"))
+            load(directory, here(cluster.dsn(f"{database} (partial)")))
         pg.run(conn, sql.SQL("ALTER DATABASE {} RENAME TO {}").format(partial, sql.Identifier(database)))
 
 

@@ -37,7 +37,7 @@ def database(dsn: str | None = None) -> Generator[str]:
         folder.chmod(0o711)  # the server's account passes through
     data = folder / "sandbox"
     try:
-        yield sandbox.up(None, data)
+        yield sandbox.here(sandbox.up(None, data))
     finally:
         sandbox.down(data)
         shutil.rmtree(folder, ignore_errors=True)

@@ -148,7 +148,7 @@ def ask(conn: pg.Connection, case: Case) -> Entry | None:
                 f"Transaction {case.transaction_id} was committed, but the ledger has no entry of the run.",
                 details=[
                     "Either a crash made the server hand the id out again, and it is another transaction's, or",
-                    "somebody removed the entry. What was to be changed is no longer as it was: `reconciler plan` shows it.",
+                    "somebody removed the entry. What was to be changed is not as it was: `reconciler plan` shows it.",
                 ],
             )
     return None

@@ -80,6 +80,42 @@ def scope(desired: Desired) -> JsonObject:
     return {"scope": desired.scope.dump(), "stores": stores}
 
 
+def overlaps(ours: JsonObject, theirs: JsonObject) -> list[str]:
+    """What two scopes, as `scope` gives them, both own: two names that govern one object would undo each other."""
+    found: list[str] = []
+    for one in ours["scope"]["gates"]:
+        for other in theirs["scope"]["gates"]:
+            table = ours["stores"][one["store"]]["table"]
+            same = table == theirs["stores"].get(other["store"], {}).get("table")
+            if same and meet(one["matching"], other["matching"]):
+                found.append(f"gates {one['matching']} and {other['matching']} of {table}")
+    for one in ours["scope"]["functions"]:
+        for other in theirs["scope"]["functions"]:
+            if one["schema"] == other["schema"] and meet(one["matching"], other["matching"]):
+                found.append(f"functions {one['matching']} and {other['matching']} of schema {one['schema']}")
+    markers = {entry["table"] for entry in ours["scope"]["markers"]} & {
+        entry["table"] for entry in theirs["scope"]["markers"]
+    }
+    return found + [f"markers of {table}" for table in sorted(markers)]
+
+
+def meet(one: str, other: str) -> bool:
+    """Is there a name that matches both globs? `*` and `?` only."""
+    # reached[j]: the first i characters of `one` and the first j of `other` can stand for the same name.
+    reached = [True] + [False] * len(other)
+    for j, letter in enumerate(other, 1):
+        reached[j] = reached[j - 1] and letter == "*"
+    for mine in one:
+        before = reached
+        reached = [before[0] and mine == "*"]
+        for j, letter in enumerate(other, 1):
+            if mine == "*" or letter == "*":
+                reached.append(before[j] or reached[j - 1] or before[j - 1])
+            else:
+                reached.append(before[j - 1] and (mine == letter or "?" in {mine, letter}))
+    return reached[-1]
+
+
 def _meaning(part: JsonObject) -> JsonObject:
     return {key: value for key, value in part.items() if key not in WORDS}
 

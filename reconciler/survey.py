@@ -51,6 +51,8 @@ def survey(conn: Connection, desired: Desired) -> Survey:
     target = live.identify(conn, desired)
     last = ledger.last(conn, desired.name)
     ledger.check_named(desired, last)
+    if last.exists and last.readable:
+        ledger.check_apart(conn, desired)
     whole = plan.with_forgotten(desired, last.manifest)
     found = live.read(conn, whole, last.allow_functions)
     found = type(found)(found.items, found.facts, (*last.findings, *found.findings))

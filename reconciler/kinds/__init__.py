@@ -20,6 +20,7 @@ from reconciler.model import (
     Hazard,
     Json,
     JsonObject,
+    Lock,
     Model,
     Statement,
     canonical,
@@ -126,6 +127,10 @@ class Kind(ABC, Generic[D, S, R]):
         ready: called before each statement that may wait; it sets how long that one may.
         """
 
+    @abstractmethod
+    def locks(self, change: Change, rules: R) -> tuple[Lock, ...]:
+        """What `lock` and the statements of a change lock, for people to read beforehand. Pure."""
+
     def backwards(self, before: S, rules: R, after: Json) -> R:
         """The rules under which an object may go back to `before` from `after`. Pure.
 
@@ -133,9 +138,7 @@ class Kind(ABC, Generic[D, S, R]):
         """
         return rules
 
-    def bystanders(
-        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired
-    ) -> Mapping[str, Bystander]:
+    def bystanders(self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired) -> dict[str, Bystander]:
         """By name, what an apply must leave alone unless its plan names it: what is in scope and not declared."""
         return {}
 

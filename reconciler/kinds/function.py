@@ -11,7 +11,7 @@ from pydantic import Field
 from reconciler import pg
 from reconciler.defaults import canonical_default, split_expressions
 from reconciler.errors import Problem, Stale
-from reconciler.kinds import Blocked, Kind, Reading, Retirement, Wanted
+from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted
 from reconciler.model import (
     Absent,
     Change,
@@ -21,6 +21,7 @@ from reconciler.model import (
     Hazard,
     Json,
     JsonObject,
+    Lock,
     Model,
     Statement,
     glob_regex,
@@ -201,16 +202,14 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             facts[item.address] = fact
         return Reading(items, facts, findings)
 
-    def bystanders(
-        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired
-    ) -> Mapping[str, Bystander]:
+    def bystanders(self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired) -> dict[str, Bystander]:
         """The functions in scope that nobody declared, and that are no extension's."""
         declared = {item.name for item in wanted}
-        named = {f"{self.name}.{spec.identity}": (spec, row) for row in _rows(conn, (), desired) for spec in [_spec(row)]}
+        named = [(_spec(row).identity, row) for row in _rows(conn, (), desired) if not row["extension"]]
         return {
-            address: Bystander(row["xmin"], row["oid"])
-            for address, (spec, row) in named.items()
-            if spec.identity not in declared and not row["extension"]
+            f"{self.name}.{name}": Bystander(row["xmin"], int(row["oid"]))
+            for name, row in named
+            if name not in declared
         }
 
     def decide(
@@ -326,6 +325,20 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(before.owner)), doing)
         pg.run(conn, sql.SQL("ALTER ROUTINE {} RESET ssl_renegotiation_limit").format(name), doing)
         pg.run(conn, "SET LOCAL ROLE NONE", doing)
+
+
+    def locks(self, change: Change, rules: FunctionRules) -> tuple[Lock, ...]:
+        """Its row of the catalog and the object; calls take neither. A new one keeps its schema from being dropped."""
+        spec = self.load(change.before or change.after)
+        mode, waits = "CREATE", "who creates the same function"
+        if change.before is not None:
+            mode = "ALTER" if change.after is not None else "DROP"
+            waits = "nobody who calls it; who alters, replaces, grants, comments or drops it"
+        routine = Lock(address=change.address, mode=mode, on="routine", name=spec.identity, waits=waits)
+        if change.before is not None and change.actions != ("remove", "add"):
+            return (routine,)
+        waits, schema = "who drops the schema", spec.schema_name
+        return (Lock(address=change.address, mode="ACCESS SHARE", on="schema", name=schema, waits=waits), routine)
 
 
 def _free_extension(conn: pg.Connection, spec: FunctionSpec, doing: str) -> str:
@@ -586,6 +599,22 @@ def _from_the_ends(grants: set[Grant]) -> list[Grant]:
         ordered += ends
         left = [grant for grant in left if grant not in ends]
     return ordered
+
+
+def _rows(conn: pg.Connection, names: Sequence[tuple[str, str]], desired: Desired) -> list[dict[str, Any]]:
+    """Every function in scope and every one of these names (schema, name)."""
+    scope = desired.scope.functions
+    return pg.rows(
+        conn,
+        _QUERY,
+        {
+            "schemas": [schema for schema, _ in names],
+            "names": [name for _, name in names],
+            "scope_schemas": [entry.schema_name for entry in scope],
+            "scope_patterns": [glob_regex(entry.matching) for entry in scope],
+        },
+        doing="reading functions",
+    )
 
 
 def _spec(row: Mapping[str, Any]) -> FunctionSpec:

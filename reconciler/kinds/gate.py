@@ -9,7 +9,7 @@ from pydantic import Field
 
 from reconciler import pg
 from reconciler.errors import Problem, ServerProblem
-from reconciler.kinds import Blocked, Kind, Reading, Retirement, Wanted
+from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted
 from reconciler.model import (
     Absent,
     Change,
@@ -20,11 +20,24 @@ from reconciler.model import (
     Hazard,
     Json,
     JsonObject,
+    Lock,
     Model,
     Statement,
     glob_regex,
 )
-from reconciler.parts import Complaint, Context, complete, hold, hold_row, identifier, mentioned, raw, table
+from reconciler.parts import (
+    Complaint,
+    Context,
+    complete,
+    hold,
+    hold_row,
+    identifier,
+    mentioned,
+    raw,
+    row_lock,
+    table,
+    table_lock,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -164,9 +177,7 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
         ]
         return Reading(items, facts, findings)
 
-    def bystanders(
-        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired
-    ) -> Mapping[str, Bystander]:
+    def bystanders(self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired) -> dict[str, Bystander]:
         """The keys in scope that nobody declared."""
         declared = [item.name for item in wanted]
         found: dict[str, Bystander] = {}
@@ -283,6 +294,11 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
             key = sql.SQL("{} = {}").format(sql.Identifier(rules.store.key), sql.Literal(before.key))
             ready()
             hold_row(conn, before.table, key, change)
+
+    def locks(self, change: Change, rules: GateRules) -> tuple[Lock, ...]:
+        """The table as writing does, and the row."""
+        row = change.before or change.after or {}
+        return (table_lock(change.address, row["table"]), row_lock(change, row["table"], {rules.store.key: row["key"]}))
 
 
 def _store(name: str | None, context: Context) -> tuple[GateStore | None, Complaint]:

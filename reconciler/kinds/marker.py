@@ -10,7 +10,7 @@ from pydantic import Field
 from reconciler import pg
 from reconciler.allowlist import check_expression, check_query
 from reconciler.errors import MissingPrivilege
-from reconciler.kinds import Blocked, Kind, Reading, Retirement, Wanted
+from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted
 from reconciler.model import (
     Absent,
     Change,
@@ -21,6 +21,7 @@ from reconciler.model import (
     Hazard,
     Json,
     JsonObject,
+    Lock,
     Model,
     Statement,
     milliseconds,
@@ -36,8 +37,10 @@ from reconciler.parts import (
     own_relation,
     raw,
     relation,
+    row_lock,
     single_value,
     table,
+    table_lock,
     unreadable,
 )
 
@@ -217,26 +220,25 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
             findings += _undeclared(conn, entry.table, *known.get(entry.table, ([], [])))
         return Reading(items, facts, findings)
 
-    def bystanders(
-        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired
-    ) -> Mapping[str, Bystander]:
+    def bystanders(self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired) -> dict[str, Bystander]:
         """Every row of a table in scope: a row belongs to its executor, declared or not."""
-        declared = {
-            (spec.table, *spec.key.values()): (item.address, list(spec.key))
-            for item in wanted
-            if isinstance(spec := item.spec, MarkerSpec)
-        }
         found: dict[str, Bystander] = {}
-        for table in {entry.table for entry in desired.scope.markers} & {place[0] for place in declared}:
-            columns = next(columns for place, (_, columns) in declared.items() if place[0] == table)
+        for place in sorted({entry.table for entry in desired.scope.markers}):
+            declared = [
+                (item.address, spec)
+                for item in wanted
+                if isinstance(spec := item.spec, MarkerSpec) and spec.table == place
+            ]
+            if not declared:
+                continue  # as in `read`: nobody says what its key is
+            columns = list(declared[0][1].key)
+            addresses = {tuple(spec.key.get(column) for column in columns): address for address, spec in declared}
             texts = sql.SQL(", ").join(sql.SQL("{}::pg_catalog.text").format(sql.Identifier(name)) for name in columns)
-            query = sql.SQL("SELECT ARRAY[{}] AS key, xmin::pg_catalog.text AS xmin FROM {}").format(
-                texts, identifier(table)
-            )
-            for row in pg.rows(conn, query, doing=f"reading {table}"):
-                address, _ = declared.get((table, *row["key"]), (None, None))
-                name = address or f"row {', '.join(map(str, row['key']))} of {table}"
-                found[name] = Bystander(row["xmin"], table)
+            query = sql.SQL("SELECT ARRAY[{}] AS key, xmin::pg_catalog.text AS xmin FROM {}")
+            for row in pg.rows(conn, query.format(texts, identifier(place)), doing=f"reading {place}"):
+                address = addresses.get(tuple(row["key"]))
+                name = address or f"row {', '.join(map(str, row['key']))} of {place}"
+                found[name] = Bystander(row["xmin"], place)
         return found
 
     def decide(
@@ -314,6 +316,11 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
             hold_row(conn, before.table, _where(before.key), change)
         elif rules.via is None and change.after is not None:
             hold(conn, change.after["table"], change.address)
+
+    def locks(self, change: Change, rules: MarkerRules) -> tuple[Lock, ...]:
+        """The table as writing does, and the row."""
+        row = change.before or change.after or {}
+        return (table_lock(change.address, row["table"]), row_lock(change, row["table"], row["key"]))
 
     def settled(self, after: MarkerSpec, live: MarkerSpec | None) -> bool:
         """The row is there and its declared columns hold what was approved."""

@@ -147,6 +147,7 @@ def evidence(found: Evidence) -> Page:
         _approvals(found),
         _statements(found),
         _ledger(found),
+        _backups(found),
     ]
     return Page(
         title=f"{found.state.name} {found.state.release}",
@@ -379,7 +380,7 @@ def _proofs(found: Evidence) -> Section:
             (
                 (Name(refusal),),
                 _listed([_short_name(address) for address in addresses]),
-                (_worst([statuses.get(address, "deferred") for address in addresses]),),
+                (_shown([statuses.get(address, "deferred") for address in addresses]),),
             )
             for refusal, addresses in of.items()
         ]
@@ -387,9 +388,10 @@ def _proofs(found: Evidence) -> Section:
     return Section(f"Proofs: {said}", tuple(blocks))
 
 
-def _worst(statuses: Sequence[str]) -> Status:
-    order = [*sorted(BAD), "deferred", "rehearsed", "attested", *sorted(GOOD)]
-    return Status(min(statuses, key=lambda status: order.index(status) if status in order else 0))
+def _shown(statuses: Sequence[str]) -> Status:
+    """Of several proofs that show the same: one that failed counts, and otherwise the strongest."""
+    order = [*sorted(BAD), *sorted(GOOD), "rehearsed", "attested", "deferred"]
+    return Status(min(statuses, key=lambda status: order.index(status) if status in order else len(order)))
 
 
 def _regression(found: Evidence) -> Section:
@@ -594,6 +596,43 @@ def _ledger(found: Evidence) -> Section:
     return Section("Ledger entry", tuple(blocks))
 
 
+def _backups(found: Evidence) -> Section:
+    if not found.backups:
+        return Section("Backups", (Paragraph(("None: the policy asks for none.",)),))
+    rows = [
+        (
+            (made.moment,),
+            (made.form,),
+            (Name(made.tool),),
+            (Name(made.file or "none"),),
+            (str(made.bytes) if made.bytes is not None else "",),
+            (Name(made.sha256 or ""),),
+            (made.taken_at,),
+            (f"{made.seconds:.1f}",),
+            ("; ".join(made.checked),),
+        )
+        for made in found.backups
+    ]
+    head = ("Apply", "Of", "By", "File", "Bytes", "SHA-256", "Snapshot of", "Seconds", "How it was checked")
+    blocks: list[Block] = [Table("Backups, in the order in which they were made", head, tuple(rows), frozenset({4, 7}))]
+    if found.outcome == "applied" and not any(made.moment == "after" for made in found.backups):
+        blocks.append(Paragraph(("There is none of after the apply.",), "bad"))
+    if any(made.file is not None for made in found.backups):
+        note = (
+            "A backup is of one snapshot. What others commit after that is not in it; what the run changed is in the"
+            " first one as it was when the run changed it."
+        )
+        blocks.append(Paragraph((note,), "note"))
+    blocks += [
+        Fold((f"What the command said {made.moment} the apply",), "\n".join(made.said))
+        for made in found.backups
+        if made.said
+    ]
+    steps = [(f"{step.what}: ", Name(step.command)) for step in found.backups[0].restore]
+    parts = (Section("How to come back by it", (Bullets(tuple(steps)),)),) if steps else ()
+    return Section("Backups", tuple(blocks), parts)
+
+
 # ------------------------------------------------------------------------------------------------ plan, drift, approval
 
 
@@ -610,6 +649,7 @@ def plan(found: Plan) -> Page:
     sections += [
         *_open_checks(found.checks),
         *_attention(found.findings),
+        *_in_the_way(found),
         *_left_out(found.not_compared),
     ]
     lead: list[Block] = [
@@ -622,8 +662,11 @@ def plan(found: Plan) -> Page:
     if found.attestations:
         facts.append(("To be attested", _listed(found.attestations)))
     if found.has_changes:
+        facts.append(("Backup", (text.backup_policy(found.backup),)))
         facts.append(("Effect digest", (Name(found.effect_digest),)))
         facts.append(("Expires", (found.expires_at,)))
+    if found.locks is not None:
+        facts.append(("Locks until COMMIT", (text.locks_line(found.locks),)))
     facts.append(("Tool", (found.tool,)))
     word = {"violated": "blocked", "changes": "changes"}.get(found.outcome, "no changes")
     return Page(
@@ -633,6 +676,21 @@ def plan(found: Plan) -> Page:
         lead=(*lead, Facts(tuple(facts))),
         sections=tuple(sections),
     )
+
+
+def _in_the_way(found: Plan) -> list[Section]:
+    """Who held at that moment what an apply needs; and what of that could not be seen."""
+    if found.locks is None or (found.locks.looked and not found.locks.in_the_way):
+        return []
+    rows = [
+        ((Name(one.address),), (Name(one.place),), (Name(text.person(one)),), (one.holds,))
+        for one in found.locks.in_the_way
+    ]
+    blocks: list[Block] = [Paragraph((f"At {found.created_at}; {text.patience(found)}.",))]
+    if rows:
+        blocks.append(Table("Who was in the way", ("Change", "Where", "Who", "What"), tuple(rows)))
+    blocks += [Paragraph((sentence,), "note") for sentence in found.locks.not_seen]
+    return [Section(f"In the way: {len(rows)}", tuple(blocks))]
 
 
 def _overview(changes: Sequence[Change]) -> Table:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, cast
+
+from reconciler.model import Command, Verified
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -15,12 +18,16 @@ if TYPE_CHECKING:
     from reconciler.evidence import Evidence
     from reconciler.model import (
         Approval,
+        Backup,
+        BackupPolicy,
         Change,
         Drift,
         FieldChange,
         Finding,
         Json,
+        Locks,
         NotCompared,
+        Obstacle,
         Outcome,
         Plan,
         ProofReport,
@@ -62,6 +69,7 @@ def plan(found: Plan, *, colour: bool, verbose: bool) -> str:
             _change(page, change)
     _verdicts(page, found.checks, verbose=verbose, to_sign=True)
     _findings(page, found.findings)
+    _locks(page, found, verbose=verbose)
     _not_compared(page, found.not_compared, verbose=verbose)
     page.legend()
     page.line("", plan_line(found))
@@ -69,6 +77,7 @@ def plan(found: Plan, *, colour: bool, verbose: bool) -> str:
     if found.has_changes:
         if found.hazards:
             page.line(f"Hazards to accept: {', '.join(found.hazards)}.")
+        page.line(f"Backup: {backup_policy(found.backup)}.")
         page.line(f"Effect digest: {found.effect_digest} (expires {found.expires_at})")
     return page.text()
 
@@ -78,6 +87,34 @@ def plan_line(found: Plan) -> str:
     if not found.has_changes:
         return "No changes. The database matches the desired state."
     return f"Plan: {_numbers(found.summary, 'to add', 'to change', 'to remove', 'to forget')}."
+
+
+def backup_policy(policy: BackupPolicy) -> str:
+    """Which backup an apply makes, in words."""
+    match policy:
+        case "none":
+            return "none"
+        case Command(command=command):
+            return f"by the command {shlex.join(command)}, before and after"
+        case Verified(kind=kind):
+            return f"{BACKUPS[kind]}, restored on a scratch server to verify it, before and after"
+        case _:
+            return f"{BACKUPS[policy]}, before and after"
+
+
+BACKUPS = {"governed": "what is governed", "full": "the whole database by pg_dump"}
+
+
+def size(number: int) -> str:
+    """Bytes, shortened: `15.4 kB`."""
+    return f"{number / 1e6:.1f} MB" if number >= 1_000_000 else f"{number / 1e3:.1f} kB"
+
+
+def backup_made(made: Backup) -> str:
+    """One backup, on a line."""
+    if made.file is None:
+        return f"Backup {made.moment}: {made.tool}, {made.seconds:.1f} s"
+    return f"Backup {made.moment}: {made.file}, {size(made.bytes or 0)}, {made.tool}, {made.seconds:.1f} s, SHA-256 {made.sha256}"
 
 
 def checks_line(invariants: Sequence[Verdict], proofs: Sequence[Verdict] = (), surface: Sequence[Verdict] = ()) -> str:
@@ -159,6 +196,7 @@ def _done(page: _Page, found: Outcome) -> None:
     page.line(checks_line(found.invariants, found.proofs, found.surface))
     page.line(f"Ledger entry {found.entry}, {found.hash}")
     page.line(f"{count(found.statements, 'statement')} in transaction {found.transaction_id}, {found.seconds:.2f} s")
+    page.line(*map(backup_made, found.backups))
     if found.genesis:
         page.line(f"This is the first entry: write `ledger: {found.hash}` below targets.{found.target.name}.")
     if found.problems:
@@ -198,6 +236,7 @@ def evidence(found: Evidence, *, colour: bool, verbose: bool) -> str:
         else "Not applied: nothing was changed."
     )
     page.line(f"{fate} {len(found.executed)} of {count(found.statements, 'statement')} ran.", colour=COLOURS["!"])
+    page.line(*map(backup_made, found.backups))
     if found.failure is not None:
         page.line(f"Error: {found.failure.message}", *(f"  {detail}" for detail in found.failure.details))
     page.line(checks_line(found.invariants, found.proofs, found.surface))
@@ -216,6 +255,9 @@ def proofs(found: ProofReport, *, colour: bool) -> str:
     told = ", ".join(f"{numbers[word]} {word.replace('_', ' ')}" for word in words if numbers[word] or word == "passed")
     page.line("", f"Proofs: {told}; {found.seconds:.2f} s. Everything was rolled back.")
     return page.text()
+
+
+VIOLATIONS = ("seen", "unseen", "vacuous", "not_tried")
 
 
 def mutation(found: MutationReport, *, colour: bool) -> str:
@@ -240,6 +282,13 @@ def mutation(found: MutationReport, *, colour: bool) -> str:
         page.line(f"Proofs that noticed nothing first: {', '.join(found.idle)}.")
     if found.unknown:
         page.line(f"No longer a mutant, take it out of the file of equivalents: {', '.join(found.unknown)}.")
+    seen = Counter(each.status for each in found.invariants)
+    for each in found.invariants:
+        if each.status in {"unseen", "vacuous"}:
+            page.line(f"  ! {each.address}: {each.status}: {each.detail}", symbol="!")
+            page.line(*(f"      {attempt}" for attempt in each.attempts))
+    told = ", ".join(f"{seen[word]} {word.replace('_', ' ')}" for word in VIOLATIONS if seen[word])
+    page.line(f"Invariants, each violated on purpose: {told}." if told else "No invariant is declared.")
     planted = sum(tally.planted for tally in found.mutants.values())
     killed = sum(tally.killed for tally in found.mutants.values())
     same = len(found.survivors) - len(alive)
@@ -428,6 +477,48 @@ def _findings(page: _Page, findings: Sequence[Finding]) -> None:
         page.line("", "Findings:")
     for finding in findings:
         page.line(f"    {finding.address}: {finding.code}: {finding.message}")
+
+
+def _locks(page: _Page, found: Plan, *, verbose: bool) -> None:
+    """Who was in the way; with verbose also what is locked, in one line."""
+    if found.locks is None:
+        return
+    if verbose:
+        page.line("", f"Locks until COMMIT: {locks_line(found.locks)}")
+    if found.locks.in_the_way or not found.locks.looked:
+        page.line("", f"In the way at {found.created_at} ({patience(found)}):")
+        for one in found.locks.in_the_way:
+            page.line(f"    {one.place}: {person(one)}; {one.holds}")
+        for sentence in found.locks.not_seen:
+            page.line(f"    {sentence}")
+
+
+def patience(found: Plan) -> str:
+    """How long an apply of this plan would wait for somebody."""
+    policy = found.desired["policy"]["apply"]
+    return f"an apply waits {policy['lock_timeout']}, at most {policy['lock_retries'] + 1} times, then changes nothing"
+
+
+def locks_line(found: Locks) -> str:
+    """What is locked until COMMIT, counted; calls of functions and other rows are never kept waiting."""
+    routines = Counter(lock.mode for lock in found.needed if lock.on == "routine")
+    parts = [f"{mode} of {count(number, 'function')}" for mode, number in sorted(routines.items())]
+    rows = sum(lock.on == "row" for lock in found.needed)
+    parts += [count(rows, "row")] if rows else []
+    tables = sorted({lock.name for lock in found.needed if lock.on == "table"})
+    parts += [f"ROW EXCLUSIVE on {', '.join(tables)}"] if tables else []
+    return f"{'; '.join(parts) or 'none'}. Nobody waits who calls a function, reads, or writes other rows."
+
+
+def person(one: Obstacle) -> str:
+    """Who it is, in words; what the role could not see is said."""
+    if not one.pid:
+        return "a prepared transaction (see pg_prepared_xacts)"
+    words = [f"process {one.pid}", f"role {one.role}", one.application or "no application_name"]
+    words.append(one.state or "its state hidden from this role")
+    if one.since is not None:
+        words.append(f"its transaction open since {one.since}")
+    return ", ".join(words)
 
 
 def _not_compared(page: _Page, found: Sequence[NotCompared], *, verbose: bool) -> None:

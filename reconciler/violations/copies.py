@@ -46,7 +46,7 @@ def turning(trial: Trial, scene: Scene, keys: Sequence[Key], rows: Mapping[Key, 
         asked = replace(trial.asked, memo=memo_of(trial.conn, check, trial.asked))
         before = judged(trial.conn, check, asked)
         if before.status not in HOLDS:
-            raise ServerProblem(f"asked of copies, {check.address} is {before.status}: {before.detail}")
+            raise ServerProblem(f"Asked of copies, {check.address} is {before.status}: {before.detail}.")
         items = [
             (key, place)
             for key, some in rows.items()
@@ -64,7 +64,7 @@ def turning(trial: Trial, scene: Scene, keys: Sequence[Key], rows: Mapping[Key, 
 
         sound = _sound(items, status)
         if items and not sound:
-            raise ServerProblem(f"{check.address} fails on every row that was made up")
+            raise ServerProblem(f"{check.address} fails on every row that was made up.")
         left = set(_fewest(sound, status)) if sound and status(sound) == "violated" else set[_Item]()
     found: Rows = {}
     for key, some in rows.items():

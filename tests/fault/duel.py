@@ -252,7 +252,7 @@ class Duel:
         self.db = db
         self.system = _system(db, root)
         self._reset = _filled(self.system, RESET).encode()
-        self._stage, self._number = "", 0
+        self._stage, self._number, self.doing = "", 0, ""
         self._hook: Callable[[Point], None] | None = None
         self._session: Stepping | None = None
         self._serial: dict[tuple[str, str], tuple[str, Image]] = {}
@@ -350,19 +350,15 @@ class Duel:
         return self._desired[plan.effect_digest]
 
     def _progress(self, stage: str, detail: str = "", number: int = 0, of: int = 0) -> None:
-        del detail, number, of
+        del number, of
+        self.doing = detail
         if stage != self._stage:
             self._stage, self._number = stage, -1
-
-    @property
-    def at(self) -> Point:
-        """The last statement of the apply that was begun."""
-        return Point(self._stage, self._number)
 
     def _step(self) -> None:
         self._number += 1
         if self._hook is not None and self._stage:
-            self._hook(self.at)
+            self._hook(Point(self._stage, self._number))
 
     def _apply_waits(self) -> bool:
         """Does the apply wait for a lock? Asked by the rival's thread."""
@@ -409,8 +405,7 @@ class Duel:
 
         def hook(point: Point) -> None:
             while pending and pending[0][1] == point:
-                self.opponent.reach(pending.pop(0)[0])
-                self._calm()
+                self.let(pending.pop(0)[0])
 
         self.opponent.start(self._statements(rival), schedule)
         self._hook = hook if schedule.points else None
@@ -424,8 +419,9 @@ class Duel:
     def _statements(self, rival: Rival) -> list[str]:
         return [_filled(self.system, statement) for statement in rival.statements]
 
-    def _calm(self) -> None:
-        """Wait until the rival is done with its step, or waits for a lock."""
+    def let(self, number: int) -> None:
+        """The rival may go on with this statement; wait until it is done with it, or waits for a lock."""
+        self.opponent.reach(number)
         deadline = time.monotonic() + PATIENCE
         while self.opponent.busy:
             assert time.monotonic() < deadline, "the rival is busy for ever"

@@ -188,6 +188,8 @@ def test_the_evidence_of_one_apply_shows_what_the_seed_proved_by_hand(
     shown = {(row["refusal"], short(row["proof"])) for row in found["refusals"]}
     assert set(REFUSALS.items()) <= shown
     assert {statuses[proof] for proof in REFUSALS.values()} == {"passed"}
+    told = dict(re.findall(r"^\| `([^`]+)` \| `[A-Z]\d.*` \| (\w+) \|$", report, re.MULTILINE))
+    assert {refusal: told[refusal] for refusal in REFUSALS} == dict.fromkeys(REFUSALS, "passed")
 
     # The forbidden list: 10 held, 4 attested, none not judged.
     forbidden = {row["address"].partition(".")[2]: row["status"] for row in found["invariants"] if row["group"]}

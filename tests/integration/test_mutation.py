@@ -23,7 +23,7 @@ def silent(done: int, of: int, survivors: int) -> None:
 
 @pytest.mark.slow
 def test_every_fault_that_makes_a_difference_is_noticed(dieu45: Database, tmp_path: Path) -> None:
-    """1,830 of them, some minutes."""
+    """1,831 of them, some minutes."""
     shutil.copytree(PROJECT / "state", tmp_path / "state")
     extensions = sorted(name for (name,) in dieu45.execute("SELECT extname FROM pg_extension"))
     governance = tmp_path / "state" / "governance.yaml"

@@ -471,6 +471,13 @@ def test_a_query_about_the_server_is_not_tried_rather_than_vacuous(shop: Shop) -
     )
 
 
+def test_a_query_that_fails_on_every_row_is_not_tried_rather_than_vacuous(shop: Shop) -> None:
+    query = "SELECT l.note FROM app.log AS l WHERE 1 / (l.level - l.level) > 0"
+    found = shop.tried(declared({"zero": (query, 0)}))["zero"]
+    assert found.status == "not_tried"
+    assert found.detail == "not everything could be tried: invariant.zero fails on every row that was made up."
+
+
 def test_what_does_not_hold_to_begin_with_is_not_tried(shop: Shop) -> None:
     found = shop.tried(declared({"wrong": ("SELECT n.id FROM app.node AS n", 0)}))["wrong"]
     assert found.status == "not_tried"
