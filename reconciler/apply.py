@@ -569,15 +569,16 @@ def _back_up_after(request: Request, desired: Desired, policy: Policy, record: R
 
 def _plan_again(request: Request, desired: Desired, record: Record) -> list[str]:
     record("after", "planning again on a new connection")
-    return _after(request, desired)
+    return _after(request, desired, record)
 
 
-def _after(request: Request, desired: Desired) -> list[str]:
-    """What a plan shows that should be empty now, and every check that blocks."""
+def _after(request: Request, desired: Desired, record: Record) -> list[str]:
+    """What a plan shows that should be empty now, and every check that blocks; `record` keeps the surface as it is."""
     try:
         with pg.connect(request.dsn, "apply") as conn, pg.snapshot(conn):
             again = survey(conn, desired)
             left = again.plan(_server_time(conn))
+            record.surface_later = live.numbers(conn, Asked(desired, again.last.allow_functions))
     except ReconcilerError as error:
         return [f"planning again failed: {error.message}"]
     problems = [f"planning again shows {change.address}: {change.reason}" for change in (*left.setup, *left.changes)]

@@ -158,7 +158,8 @@ def _dump(conn: pg.Connection, task: Task, tools: programs.Tools, file: Path) ->
         if not done.code:
             return
         why = _why("pg_dump", done)
-        if "lock timeout" not in why:
+        # What it calls a lock timeout is a statement timeout for the server.
+        if not ("timeout" in why and any("LOCK TABLE" in line for line in done.said)):
             refused = "permission denied" in why or "row-level security" in why
             hint = "pg_dump reads every row: GRANT pg_read_all_data (and BYPASSRLS), or choose `backup: governed`."
             raise BackupFailed(why, details=done.said, hint=f"{SAFE} {hint}" if refused else SAFE)
@@ -350,11 +351,16 @@ def _tried(conn: pg.Connection, task: Task, load: Callable[[pg.Connection, str],
 
 
 def _differing(expected: Mapping[Address, Model], there: Mapping[Address, Model]) -> list[str]:
-    return [
-        f"{address}: {'missing' if address not in there else 'not as it is on the target'}"
-        for address in sorted({*expected, *there})
-        if expected.get(address) != there.get(address)
-    ]
+    """A line for each, with the names of the fields, never their values."""
+    wrong: list[str] = []
+    for address in sorted({*expected, *there}):
+        here, restored = expected.get(address), there.get(address)
+        if here is None or restored is None:
+            wrong.append(f"{address}: {'missing' if restored is None else 'there, but not on the target'}")
+        elif here != restored:
+            old, new = here.dump(), restored.dump()
+            wrong.append(f"{address}: {', '.join(name for name in old if old[name] != new[name])} differ")
+    return wrong
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -54,6 +54,12 @@ def remember(conn: pg.Connection, asked: Asked) -> dict[Address, Json]:
     return {check.address: kind.remember(conn, check, asked) for kind, check in _checks(asked)}
 
 
+def numbers(conn: pg.Connection, asked: Asked) -> dict[Address, str]:
+    """What each row of the surface is now, by address; what cannot be read is left out."""
+    found = {check.address: kind.number(conn, check, asked) for kind, check in _checks(asked)}
+    return {address: number for address, number in found.items() if number is not None}
+
+
 def _checks(asked: Asked) -> list[tuple[CheckKind, Check]]:
     declared = asked.desired.checks.values()
     return [(kind, check) for kind in checks().values() for check in declared if check.kind == kind.name]

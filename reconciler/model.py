@@ -480,15 +480,15 @@ class Lock(Model):
 class Obstacle(Model):
     """Who had something in the way of an apply when its plan was made. Never what they were executing.
 
-    `pid` is 0 for a prepared transaction. `since`: when the transaction began. What the role may not see is None.
-    `certain`: an apply would wait; otherwise it might.
+    `pid` is 0 for a prepared transaction, None where nobody can tell. `since`: when the transaction began. What the role
+    may not see is None. `certain`: an apply would wait; otherwise it might.
     """
 
     address: Address
     place: str
     holds: str
     certain: bool
-    pid: int
+    pid: int | None
     role: str | None
     application: str | None
     state: str | None
@@ -792,6 +792,8 @@ class Outcome(Model):
     invariants: tuple[Verdict, ...]
     proofs: tuple[Verdict, ...]
     surface: tuple[Verdict, ...]
+    surface_later: dict[Address, str] = {}
+    """What each row of the surface was when it was read again after COMMIT, on a new connection."""
     findings: tuple[Finding, ...] = ()
     not_compared: tuple[NotCompared, ...] = ()
     failure: Failure | None = None

@@ -54,10 +54,10 @@ def shown(conn: pg.Connection, desired: Desired, plan: Plan) -> Plan:
 
 
 class _Met(NamedTuple):
-    """Somebody (a process id, 0 for a prepared transaction) with something that a lock of ours would wait for."""
+    """Somebody with something that a lock of ours would wait for. pid: as in Obstacle."""
 
     lock: Lock
-    pid: int
+    pid: int | None
     holds: str
     certain: bool = True
 
@@ -129,9 +129,17 @@ def _on_rows(conn: pg.Connection, needed: Sequence[Lock]) -> list[_Met]:
             identifier(lock.name), sql.SQL(" AND ").join(pairs)
         )
         for row in pg.rows(conn, query, doing=doing):
-            for holder in pg.rows(conn, _HOLDERS, {"xmax": row["xmax"], "oid": row["oid"]}, doing):
-                met.append(_of_row(lock, holder))
+            met += [_of_row(lock, one) for one in _holders(conn, row["xmax"], row["oid"], doing)]
     return met
+
+
+def _holders(conn: pg.Connection, xmax: str, table: int, doing: str) -> Sequence[Mapping[str, Any]]:
+    """Who changed, deleted or locked a row last and has not ended: `pid`; `writes`: it has written to the table."""
+    found = pg.rows(conn, _HOLDERS, {"xmax": xmax, "oid": table}, doing)
+    if found or not pg.rows(conn, _OPEN, {"xmax": xmax}, doing)[0]["open"]:
+        return found
+    # In a savepoint that was released: of such a transaction id nobody can say whose it is, but for who wrote here.
+    return pg.rows(conn, _WRITERS, {"oid": table}, doing) or [{"pid": None, "writes": True}]
 
 
 def _of_row(lock: Lock, holder: Mapping[str, Any]) -> _Met:
@@ -144,22 +152,27 @@ def _of_row(lock: Lock, holder: Mapping[str, Any]) -> _Met:
 def _on_catalog(conn: pg.Connection, needed: Sequence[Lock]) -> list[_Met]:
     """Routines that somebody has altered, replaced, granted, commented on or dropped."""
     routines = {lock.name: lock for lock in needed if lock.on == "routine" and lock.mode != "CREATE"}
-    if not routines:
-        return []
-    found = pg.rows(conn, _ROUTINES, {"names": list(routines)}, doing="looking who is in the way of functions")
-    return [_Met(routines[row["name"]], row["pid"], row["holds"]) for row in found]
+    doing = "looking who is in the way of functions"
+    met: list[_Met] = []
+    for row in pg.rows(conn, _ROUTINES, {"names": list(routines)}, doing) if routines else ():
+        lock = routines[row["name"]]
+        changed = _holders(conn, row["xmax"], row["catalog"], doing)
+        met += [_Met(lock, one["pid"], "has altered, replaced, granted or dropped it") for one in changed]
+        held = pg.rows(conn, _OBJECT, {"oid": row["oid"]}, doing)
+        met += [_Met(lock, one["pid"], f"{one['verb']} {one['mode']}") for one in held]
+    return met
 
 
 def _named(conn: pg.Connection, met: Sequence[_Met]) -> tuple[Obstacle, ...]:
     """Who they are. Each once for every place, and nobody perhaps who is for certain."""
     certain = {one.pid for one in met if one.certain}
     by_place = {(one.lock.place, one.pid): one for one in met if one.certain or one.pid not in certain}
-    pids = sorted({one.pid for one in by_place.values()})
+    pids = sorted({one.pid for one in by_place.values() if one.pid})
     people = {row["pid"]: row for row in pg.rows(conn, _PEOPLE, (pids,), doing="looking who is in the way")}
     nobody = {"role": None, "application": None, "state": None, "since": None}
     found: list[Obstacle] = []
     for one in by_place.values():
-        who = people.get(one.pid, nobody)
+        who = people.get(one.pid or 0, nobody)
         if one.pid and one.pid not in people:
             continue  # it has ended meanwhile
         found.append(
@@ -175,7 +188,7 @@ def _named(conn: pg.Connection, met: Sequence[_Met]) -> tuple[Obstacle, ...]:
                 since=None if who["since"] is None else who["since"].strftime(MOMENT),
             )
         )
-    return tuple(sorted(found, key=lambda one: (not one.certain, one.address, one.place, one.pid)))
+    return tuple(sorted(found, key=lambda one: (not one.certain, one.address, one.place, one.pid or 0)))
 
 
 _MAY: LiteralString = """
@@ -244,23 +257,40 @@ SELECT DISTINCT coalesce(l.pid, 0) AS pid,
               FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())::pg_catalog.xid[]))
 """
 
-_ROUTINES: LiteralString = """
-SELECT q.* FROM (
-WITH wanted AS MATERIALIZED (
-    SELECT p.oid, p.xmax AS changed_by, p.oid::pg_catalog.regprocedure::pg_catalog.text AS name
-      FROM pg_catalog.pg_proc p
-     WHERE p.oid::pg_catalog.regprocedure::pg_catalog.text = ANY (%(names)s::pg_catalog.text[])
-)
-SELECT w.name, coalesce(l.pid, 0) AS pid, 'has altered, replaced, granted or dropped it' AS holds
-  FROM wanted w JOIN pg_catalog.pg_locks l ON l.transactionid = w.changed_by
- WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted
-UNION ALL
-SELECT w.name, coalesce(l.pid, 0), CASE WHEN l.granted THEN 'holds ' ELSE 'waits for ' END || l.mode
-  FROM wanted w JOIN pg_catalog.pg_locks l ON l.objid = w.oid
- WHERE l.locktype = 'object' AND l.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+# Is this transaction, which changed a row that the snapshot still shows, under way? Ids are counted in 32 bits, again
+# and again. `back` is how far it lies behind the end of the snapshot; almost all the way round is one of later.
+_OPEN: LiteralString = """
+SELECT coalesce(CASE WHEN %(xmax)s::pg_catalog.text = '0' THEN false
+                     WHEN q.back > 4284967296
+                     THEN NOT pg_catalog.mxid_age(%(xmax)s::pg_catalog.text::pg_catalog.xid)
+                              BETWEEN 1 AND pg_catalog.mxid_age(d.datminmxid)
+                     WHEN q.back BETWEEN 1 AND q.next - 3
+                     THEN pg_catalog.pg_xact_status((q.next - q.back)::pg_catalog.text::pg_catalog.xid8) = 'in progress'
+                     END, q.back = 0) AS open
+  FROM (SELECT (s.next - %(xmax)s::pg_catalog.int8 %% 4294967296 + 4294967296) %% 4294967296 AS back, s.next
+          FROM (SELECT pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::pg_catalog.text::pg_catalog.int8
+                       AS next) AS s) AS q
+ CROSS JOIN pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()
+"""
+
+_WRITERS: LiteralString = """
+SELECT DISTINCT coalesce(l.pid, 0) AS pid, true AS writes FROM pg_catalog.pg_locks l
+ WHERE l.locktype = 'relation' AND l.relation = %(oid)s AND l.granted
+   AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
    AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
-) AS q
- WHERE q.pid <> pg_catalog.pg_backend_pid()
+"""
+
+_ROUTINES: LiteralString = """
+SELECT p.oid, p.tableoid AS catalog, p.xmax::pg_catalog.text AS xmax,
+       p.oid::pg_catalog.regprocedure::pg_catalog.text AS name
+  FROM pg_catalog.pg_proc p WHERE p.oid::pg_catalog.regprocedure::pg_catalog.text = ANY (%(names)s::pg_catalog.text[])
+"""
+
+_OBJECT: LiteralString = """
+SELECT coalesce(l.pid, 0) AS pid, l.mode, CASE WHEN l.granted THEN 'holds' ELSE 'waits for' END AS verb
+  FROM pg_catalog.pg_locks l
+ WHERE l.locktype = 'object' AND l.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass AND l.objid = %(oid)s
+   AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
 """
 
 _PEOPLE: LiteralString = """

@@ -13,7 +13,7 @@ from reconciler.model import Approval, Backup, Entry, Executed, Failure, Outcome
 from reconciler.plan import of_kind, summarize
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from reconciler.errors import ReconcilerError
@@ -69,6 +69,7 @@ class Record:
         self.entry: Entry | None = None
         self.verdicts: Sequence[Verdict] = ()
         self.found: Survey | None = None
+        self.surface_later: Mapping[str, str] = {}
         self._progress = progress
         self._stages: list[tuple[str, float]] = []
         self._ended: float | None = None
@@ -128,6 +129,7 @@ class Record:
             invariants=of_kind(self.verdicts, "invariant"),
             proofs=of_kind(self.verdicts, "proof"),
             surface=of_kind(self.verdicts, "surface"),
+            surface_later=dict(self.surface_later),
             findings=() if self.found is None else tuple(self.found.live.findings),
             not_compared=() if self.found is None else tuple(self.found.not_compared),
             problems=(*([self.remark] * bool(self.remark)), *problems),

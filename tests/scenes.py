@@ -420,7 +420,7 @@ class _World:
 
     def text(self, *usual: str | None) -> str | None:
         """Mostly one of the usual ones, else nothing, or nothing but blanks."""
-        return self.rng.choice(usual if self.often() else (None, "", "  ", "\t", "other"))
+        return self.rng.choice(usual if self.often(0.92) else (None, "", "  ", "\t", "other"))
 
 
 def _payload(w: _World) -> str | None:
@@ -499,7 +499,7 @@ def _extend(w: _World) -> dict[str, Any]:
 def _tick(w: _World) -> dict[str, Any]:
     rng = w.rng
     names = [row["executor_name"] for row in w.executors]
-    name = rng.choice(names) if names and w.often(0.7) else w.text("w1", "new", " new")
+    name = rng.choice(names) if names and w.often(0.6) else w.text("w1", "new", " new")
     held = [row["executor_kind"] for row in w.executors if row["executor_name"] == name]
     kind = rng.choice(held) if held and w.often(0.9) else rng.choice(KINDS)
     return {

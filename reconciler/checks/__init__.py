@@ -47,6 +47,10 @@ class CheckKind(ABC):
         """At BEGIN of an apply, under the locks: what `run` must compare with just before COMMIT. Reads only."""
         return None
 
+    def number(self, conn: Connection, check: Check, asked: Asked) -> str | None:
+        """What a row of the surface is at this moment; None for every other sort of check, and for what is hidden."""
+        return None
+
     @abstractmethod
     def run(self, conn: Connection, check: Check, asked: Asked) -> Verdict:
         """Judge; only a proof may write, inside a savepoint. What the role may not see is no error but a verdict."""

@@ -90,6 +90,11 @@ class Surface(CheckKind):
             memo["watched"] = transitions.watch(conn, row.query)
         return memo
 
+    def number(self, conn: pg.Connection, check: Check, asked: Asked) -> str | None:
+        """The value now."""
+        row = _row(check.spec)
+        return None if _hidden(conn, row, asked) else single_value(conn, row.query, f"reading {check.address}")[0]
+
     def run(self, conn: pg.Connection, check: Check, asked: Asked) -> Verdict:
         """In a plan only the prediction; inside an apply the comparison."""
         row = _row(check.spec)

@@ -241,7 +241,8 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
                     statements.append(complete(_owned_by(name, after.owner)))
                 statements.append(complete(sql.SQL("DROP ROUTINE {}").format(name), after.owner))
             statements.append(complete(_create(after, replace=False), after.owner))
-            acl = _initial_acl(after.owner, context or {})
+            # A grant option that is wanted is given, for the one that is there may be none.
+            acl = _initial_acl(after.owner, context or {}) - {grant for grant in after.acl if grant.grantable}
             comment = None
         else:
             acl = set(before.acl)
@@ -325,7 +326,6 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(before.owner)), doing)
         pg.run(conn, sql.SQL("ALTER ROUTINE {} RESET ssl_renegotiation_limit").format(name), doing)
         pg.run(conn, "SET LOCAL ROLE NONE", doing)
-
 
     def locks(self, change: Change, rules: FunctionRules) -> tuple[Lock, ...]:
         """Its row of the catalog and the object; calls take neither. A new one keeps its schema from being dropped."""

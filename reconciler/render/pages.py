@@ -420,8 +420,23 @@ def _regression(found: Evidence) -> Section:
     if theirs := [row for row in rows if row.status == "predicted" and row.detail.endswith(BY_OTHERS)]:
         told = tuple(((_short_name(row.address),), (row.detail,)) for row in theirs)
         blocks.append(Table("Rows that others wrote to meanwhile, none of it by the apply", ("Surface", "What"), told))
+    if found.surface_later:
+        blocks += _later(rows, found.surface_later)
     fine = sum(row.status == "predicted" for row in rows)
     return Section(f"Regression: {fine} of {len(rows)} as predicted", tuple(blocks))
+
+
+def _later(rows: Sequence[Verdict], later: Mapping[str, str]) -> Iterable[Block]:
+    """The same numbers after COMMIT: what differs then came later, by somebody else."""
+    on = [row for row in rows if row.after is not None and row.after != later.get(row.address)]
+    same = f"{len(rows) - len(on)} of {len(rows)} as inside the transaction"
+    yield Paragraph((f"Read again after COMMIT, on a new connection: {same}.",))
+    if on:
+        cells = tuple(
+            ((_short_name(row.address),), (_short(row.after),), (_short(later.get(row.address, "not read")),))
+            for row in on
+        )
+        yield Table("Rows that had moved on by then", ("Surface", "Inside", "After COMMIT"), cells, frozenset({1, 2}))
 
 
 def _delta(before: str | None, after: str | None) -> str:

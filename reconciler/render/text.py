@@ -512,6 +512,8 @@ def locks_line(found: Locks) -> str:
 
 def person(one: Obstacle) -> str:
     """Who it is, in words; what the role could not see is said."""
+    if one.pid is None:
+        return "somebody who worked in a savepoint, so that the process cannot be told"
     if not one.pid:
         return "a prepared transaction (see pg_prepared_xacts)"
     words = [f"process {one.pid}", f"role {one.role}", one.application or "no application_name"]

@@ -454,14 +454,13 @@ def _told(found: str, code: int, said: str) -> list[str]:
     return wrong + [said] * bool(wrong)
 
 
-def images(one: Arena, wanted: Sequence[int], tell: Callable[[Round], None]) -> Iterator[Round]:
+def images(one: Arena, wanted: Callable[[Moment], bool], tell: Callable[[Round], None]) -> list[Round]:
     """One apply, and at each wanted moment what a crash would leave."""
     made: list[Round] = []
-    left = set(wanted)
 
     def watch(moment: Moment, line: Line) -> None:
         del line
-        if moment.number in left:
+        if wanted(moment):
             made.append(_image(one, moment))
             tell(made[-1])
 
@@ -472,7 +471,7 @@ def images(one: Arena, wanted: Sequence[int], tell: Callable[[Round], None]) -> 
     fresh(one.server)
     if code:
         raise RuntimeError(said)
-    yield from made
+    return made
 
 
 def _image(one: Arena, moment: Moment) -> Round:
@@ -510,27 +509,39 @@ def _frozen(server: Server) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
 
 
-def boundaries(moments: Sequence[Moment], every: int = 1, part: tuple[int, int] = (1, 1)) -> list[int]:
-    """Before each so many-th statement and after the last: after one is before the next. COMMIT always, on both sides.
+@dataclass(frozen=True)
+class Choice:
+    """Before each so many-th statement: after one is before the next. COMMIT always, on both sides; and after the last.
 
-    part: only the k-th of n parts. In an order that covers all of the apply early, so that half a run says something.
+    part: only the k-th of n parts.
     """
-    before = [moment.number for moment in moments if moment.when == "before"]
-    commit = [moment.number for moment in moments if moment.text == "COMMIT"]
-    chosen = sorted({*before[::every], *commit, moments[-1].number})[part[0] - 1 :: part[1]]
-    return [number for start in range(16) for number in chosen[start::16]]
+
+    every: int = 1
+    part: tuple[int, int] = (1, 1)
+
+    def __call__(self, moment: Moment) -> bool:
+        if moment.text == "COMMIT":
+            return True
+        index, left = divmod((moment.number - 1) // 2, self.every)
+        return moment.when == "before" and left == 0 and index % self.part[1] == self.part[0] - 1
+
+    def of(self, moments: Sequence[Moment]) -> list[int]:
+        """Their numbers, in an order that covers all of the apply early, so that half a run says something."""
+        chosen = [moment.number for moment in moments if self(moment)] + [moments[-1].number]
+        return [number for start in range(16) for number in chosen[start::16]]
 
 
-def matrix(one: Arena, modes: Sequence[str], chosen: Sequence[int], tell: Callable[[Round], None]) -> list[Round]:
+def matrix(one: Arena, modes: Sequence[str], choice: Choice, tell: Callable[[Round], None]) -> list[Round]:
     """Kill at every chosen moment, in every one of the ways."""
     found: list[Round] = []
+    numbers = choice.of(count(one))
     with nursery() as started_by:
         try:
             for mode in modes:
                 if mode == "image":
-                    found += images(one, chosen, tell)
+                    found += images(one, choice, tell)
                     continue
-                for number in chosen:
+                for number in numbers:
                     done = kill(one, mode, number, started_by)
                     # Not every apply needs as many statements as the one that was counted.
                     if done is not None:
@@ -569,9 +580,9 @@ def main(arguments: Sequence[str]) -> int:
         moments = count(one)
         statements = sum(moment.when == "before" for moment in moments)
         first, _, of = given.part.partition("/")
-        chosen = boundaries(moments, given.every, (int(first), int(of)))
-        print(f"{statements} statements, {len(chosen)} boundaries", flush=True)  # noqa: T201
-        matrix(one, given.modes.split(","), chosen, tell)
+        choice = Choice(given.every, (int(first), int(of)))
+        print(f"{statements} statements, {len(choice.of(moments))} boundaries", flush=True)  # noqa: T201
+        matrix(one, given.modes.split(","), choice, tell)
     for (mode, found), number in sorted(rounds.items()):
         print(f"{mode:8} {found:8} {number}")  # noqa: T201
     between = sum(number for (_, found), number in rounds.items() if found == "between")

@@ -190,8 +190,10 @@ def test_an_event_trigger_that_builds_something_into_the_new_ledger(shop: Govern
     shop.sql(
         "CREATE FUNCTION public.writes() RETURNS trigger LANGUAGE plpgsql AS"
         " $w$BEGIN INSERT INTO app.job VALUES (1, ''); RETURN NULL; END$w$",
+        "CREATE FUNCTION public.loud() RETURNS boolean LANGUAGE plpgsql AS"
+        " $w$BEGIN INSERT INTO app.job VALUES (1, ''); RETURN true; END$w$",
         "CREATE FUNCTION public.quiet(bigint) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS"
-        " $w$BEGIN EXECUTE 'INSERT INTO app.job VALUES (1, '''')'; RETURN true; END$w$",
+        " $w$BEGIN RETURN public.loud(); END$w$",
         "CREATE FUNCTION public.meddles() RETURNS event_trigger LANGUAGE plpgsql AS $m$BEGIN"
         " IF tg_tag = 'CREATE TRIGGER' AND current_setting('my.turn', true) IS DISTINCT FROM 'over'"
         " AND EXISTS (SELECT FROM pg_trigger WHERE tgname = 'entry_is_append_only_statement') THEN"

@@ -111,7 +111,7 @@ def test_nothing_is_lost_before_any_statement_of_the_locks(duel: Duel, name: str
     [
         ("none", "replaced function: cost", "execute"),
         ("none", "replaced function: comment", "commit"),
-        ("none", "routines: drop schema cascade", "execute"),
+        ("none", "routines: drop schema cascade", "record"),
         ("own-value", "replaced function: cost", "lock"),
         ("own-value", "row: flip another", "lock"),
         ("own-value", "replaced function: comment", "commit"),

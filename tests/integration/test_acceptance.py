@@ -214,6 +214,9 @@ def test_the_evidence_of_one_apply_shows_what_the_seed_proved_by_hand(
     assert outbox["detail"].endswith("(+1019), +1019 by others")
     assert "Regression: 16 of 16 as predicted" in report
     assert "Forbidden list: 10 held, 4 attested" in report
+    # And after COMMIT, on a new connection: what differs came later, and nothing did.
+    assert found["surface_later"] == {row["address"]: row["after"] for row in found["surface"]}
+    assert "Read again after COMMIT, on a new connection: 16 of 16 as inside the transaction." in report
 
     # One transaction made all of it: every function, gate, marker and the entry carry its id.
     xid = int(found["transaction_id"])
@@ -245,7 +248,7 @@ def test_it_passes_beside_fifty_executors_and_a_busy_queue(phase2: Phase2, monke
     phase2.db.execute(FIFTY)
     phase2.db.execute(QUEUE)
     phase2.approve()
-    stages = ("read", "execute", "execute", "execute", "verify", "judge")
+    stages = ("read", "execute", "execute", "execute", "verify", "judge", "after")
     others = Others(phase2.db, monkeypatch, once(*stages, statements=WORK))
     found, report = evidence(phase2)
     assert others.commits == len(WORK) * len(stages)
@@ -262,12 +265,16 @@ def test_it_passes_beside_fifty_executors_and_a_busy_queue(phase2: Phase2, monke
     assert said["event_outbox-rows"].endswith("(+135), +135 by others")
     assert said["dot_config-keys"].endswith("(+4)")
     assert "| `job_dead_letter-rows` | 21 -&#62; 26 (+5), +5 by others |" in report
+    # What others commit after COMMIT is later still.
+    assert "13 of 16 as inside the transaction." in report
+    assert "| `job_dead_letter-rows` | 26 | 27 |" in report
+    assert found["surface_later"]["surface.job_dead_letter-rows"] == "27"
     # The heartbeats and jobs of others are as they left them.
     assert phase2.db.execute("SELECT count(*) FROM public.job_queue") == [(300,)]
     assert phase2.db.execute(
         "SELECT min(ticks_total), max(ticks_total) FROM public.queue_heartbeat"
         " WHERE executor_name ~ '^executor_([1-9]|[1-4][0-9]|50)$'"
-    ) == [(7, 56)]
+    ) == [(8, 57)]
     assert "No changes." in phase2.plan()
 
 

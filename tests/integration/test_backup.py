@@ -196,15 +196,18 @@ AWKWARD = (
     # A body that is stored parsed, and names a function that comes after it in the alphabet.
     "CREATE FUNCTION app.fn_total_twice() RETURNS bigint LANGUAGE sql BEGIN ATOMIC SELECT 2 * app.fn_zero(); END",
     "ALTER FUNCTION app.fn_total_twice() OWNER TO {owner}",
-    "CREATE FUNCTION app.fn_more(a text DEFAULT $$it's \\ %s :x$$, VARIADIC b integer[] DEFAULT '{}') RETURNS text"
-    " LANGUAGE plpgsql COST 7 AS $f$BEGIN -- $function$ 'é' :a \\d\nRETURN a; END$f$",
+    (
+        "CREATE FUNCTION app.fn_more(a text DEFAULT $$it's \\ %s :x$$, VARIADIC b integer[] DEFAULT '{}') RETURNS text"
+        " LANGUAGE plpgsql COST 7 AS $f$BEGIN -- $function$ 'é' :a \\d\nRETURN a; END$f$"
+    ),
     # An owner who may no longer make anything here, and grants that were passed on.
     "ALTER FUNCTION app.fn_more(text, integer[]) OWNER TO {stranger}",
     "GRANT EXECUTE ON FUNCTION app.fn_more(text, integer[]) TO {caller} WITH GRANT OPTION",
     "GRANT USAGE ON SCHEMA app TO {caller}, {owner}",
     "SET ROLE {caller}; GRANT EXECUTE ON FUNCTION app.fn_more(text, integer[]) TO {owner}; RESET ROLE",
     "ALTER DEFAULT PRIVILEGES FOR ROLE {stranger} GRANT EXECUTE ON FUNCTIONS TO {caller}",
-    "INSERT INTO app.settings (name, value, description) VALUES ('shop.empty', NULL, 'it''s \\ :x'), ('shop.c', '1')",
+    "INSERT INTO app.settings (name, value, description) VALUES ('shop.empty', NULL, 'it''s \\ :x')",
+    "INSERT INTO app.settings (name, value) VALUES ('shop.c', '1')",
 )
 
 
@@ -221,9 +224,9 @@ def awkward(db: Database, tmp_path: Path) -> Callable[[Any], Run]:
         for name, head in (
             ("app.fn_zero()", "app.fn_zero() RETURNS bigint"),
             ("app.fn_total_twice()", "app.fn_total_twice() RETURNS bigint"),
-            ("app.fn_more(text, integer[])", "app.fn_more(a text, VARIADIC b integer[]) RETURNS text"),
+            ("app.fn_more(text, integer[])", "app.fn_more(a text, VARIADIC b integer[]) RETURNS bigint"),
         ):
-            text = f"CREATE FUNCTION {head} LANGUAGE sql AS 'SELECT NULL';"
+            text = f"CREATE FUNCTION {head} LANGUAGE sql AS 'SELECT 7::bigint';"
             system.function(name, text, execute=["PUBLIC"], waive={"public_execute": "a test"})
         system.state["gates"]["shop.empty"] = {"value": "x", "reason": "It was NULL."}
         system.state["gates"]["shop.c"] = {"retire": "It goes."}
@@ -255,7 +258,7 @@ def test_a_governed_backup_is_put_back_as_the_report_says(awkward: Callable[[Any
     assert one.db.execute("SELECT array_agg(a::text ORDER BY 1) FROM pg_namespace, unnest(nspacl) a") == schema
 
 
-def test_what_is_pinned_is_in_a_governed_backup(run: Callable[..., Run], db: Database, tmp_path: Path) -> None:
+def test_what_is_pinned_is_in_a_governed_backup(db: Database, tmp_path: Path) -> None:
     one = Run(db, tmp_path, "governed")
     one.system.sql(
         "CREATE FUNCTION app.stamp() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RETURN new; END$$",
@@ -318,12 +321,10 @@ def test_a_restored_backup_of_the_queue_equals_it(dieu45: Database, tmp_path: Pa
 
 def test_a_backup_that_restores_to_something_else_blocks(run: Callable[..., Run], instead: Callable[..., Path]) -> None:
     """pg_dump itself writes another definition: the file is as it was made, and only the trial can know."""
-    instead(
-        pg_dump="real(); data = file.read_bytes(); file.write_bytes(data.replace(b'SELECT 0::bigint', b'SELECT 1::bigint'))"
-    )
+    instead(pg_dump="real(); file.write_bytes(file.read_bytes().replace(b'SELECT 0::', b'SELECT 1::'))")
     refused = run(FULL_TRIED).apply(1)
     assert "restored from it, 1 of 3 governed objects differ" in refused.stderr
-    assert "function.app.fn_total(): not as it is on the target" in refused.stderr
+    assert "function.app.fn_total(): body differ" in refused.stderr
     assert "Nothing was changed." in refused.stderr
 
 
@@ -331,7 +332,7 @@ def test_a_backup_that_restores_to_something_else_blocks(run: Callable[..., Run]
     ("statement", "said"),
     [
         ("INSERT INTO", "gate.shop.limit: missing"),
-        ("COMMENT ON", "function.app.fn_total(): not as it is on the target"),
+        ("COMMENT ON", "function.app.fn_total(): comment differ"),
     ],
 )
 def test_a_governed_backup_that_lacks_a_statement_blocks(
@@ -371,9 +372,8 @@ def test_one_byte_that_changes_after_the_dump_blocks(
 ) -> None:
     """Wherever it is, and whether or not pg_restore stumbles over it: the SHA-256 is checked again before BEGIN."""
     flip = FLIP.format(place=place)
-    instead(
-        pg_restore=f"if any(word.startswith('{moment}') for word in given):\n    file = pathlib.Path(given[-1]); {flip}\nreal()"
-    )
+    when = f"if any(word.startswith('{moment}') for word in given):"
+    instead(pg_restore=f"{when}\n    file = pathlib.Path(given[-1]); {flip}\nreal()")
     refused = run("full").apply(1)
     assert "damaged" in refused.stderr or "changed while it was being checked" in refused.stderr
     assert "lock" not in refused.stderr
@@ -510,7 +510,7 @@ def test_an_old_one_first_in_path_is_passed_over(
 
 
 @pytest.mark.parametrize(
-    "policy", ["full", "governed", GOVERNED_TRIED, {"command": ["sh", "-c", "env; ps axww"]}], ids=str
+    "policy", ["full", "governed", GOVERNED_TRIED, {"command": ["sh", "-c", "ps axww; env | grep ^PGPASS"]}], ids=str
 )
 def test_the_password_is_in_no_file_and_on_no_command_line(
     run: Callable[..., Run], instead: Callable[..., Path], tmp_path: Path, policy: Any
@@ -531,7 +531,7 @@ def test_the_password_is_in_no_file_and_on_no_command_line(
             assert password not in arguments
             assert password in given
     if isinstance(policy, dict) and "command" in policy:
-        assert any("PGPASSWORD=***" in line for each in one.made() for line in each["said"]) or "***" in str(one.made())
+        assert all(each["said"][-1] == "PGPASSWORD=***" for each in one.made())
 
 
 def test_a_failing_command_prints_no_secret(run: Callable[..., Run]) -> None:
@@ -548,7 +548,7 @@ def test_a_key_with_a_password_is_refused(tools: programs.Tools) -> None:
         programs.client(tools, "pg_dump", [], "host=nowhere sslpassword=hidden")
 
 
-# --------------------------------------------------------------------------------------------------- what must not begin
+# -------------------------------------------------------------------------------------------------- what must not begin
 
 
 def test_a_stale_plan_backs_nothing_up(run: Callable[..., Run], tmp_path: Path) -> None:
@@ -660,11 +660,10 @@ def _program() -> Path:
 def test_what_pg_dump_says_of_a_full_disk_is_the_sentence(
     run: Callable[..., Run], instead: Callable[..., Path]
 ) -> None:
-    instead(
-        pg_dump="file.write_bytes(b'half'); sys.exit('pg_dump: error: could not write to file: No space left on device')"
-    )
+    said = "could not write to file: No space left on device"
+    instead(pg_dump=f"file.write_bytes(b'half'); sys.exit('pg_dump: error: {said}')")
     refused = run("full").apply(1)
-    assert "Error: pg_dump failed: could not write to file: No space left on device." in refused.stderr.splitlines()
+    assert f"Error: pg_dump failed: {said}." in refused.stderr.splitlines()
 
 
 def test_no_room_for_the_one_after_blocks(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -684,17 +683,15 @@ def test_no_room_for_the_one_after_blocks(run: Callable[..., Run], monkeypatch: 
 
 def test_a_table_that_somebody_holds_is_left_alone(run: Callable[..., Run]) -> None:
     one = run("full", lock_timeout="100ms", lock_retries=2)
+    one.db.execute("CREATE TABLE app.held (x integer)")
+    words = ("apply", one.system.plan_file, "--initialize", "--evidence", one.place)
     with psycopg.connect(one.db.dsn) as holder:
-        holder.execute("LOCK TABLE app.job IN ACCESS EXCLUSIVE MODE")
-        waited = time.monotonic()
-        words = ("apply", one.system.plan_file, "--initialize", "--evidence", one.place)
+        holder.execute("LOCK TABLE app.held IN ACCESS EXCLUSIVE MODE")
         refused = command(*words, dsn=one.db.dsn)
-        waited = time.monotonic() - waited
     assert refused.returncode == 4
     assert "somebody holds a table that it must read" in refused.stderr
     assert refused.stderr.count("attempt ") == 2
     assert not one.place.exists()
-    assert waited < 30
     one.apply()
 
 
@@ -731,21 +728,21 @@ def test_an_interrupted_backup_leaves_no_process_and_no_file(
         "time.sleep(600)"
     )
     folder = instead(pg_dump=body)
-    one = run("full" if form == "full" else {"command": [str(folder / "pg_dump")]})
+    one = run("full" if form == "full" else {"command": [str(folder / "pg_dump"), "now"]})
     before = governed.image(one.db)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [_program(), "apply", one.system.plan_file, "--initialize", "--evidence", one.place],
         env={**os.environ, "RECONCILER_DSN": one.db.dsn},
         stderr=subprocess.PIPE,
         text=True,
-    )
-    until = time.monotonic() + 60
-    while not pids.exists():
-        assert time.monotonic() < until
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    ) as process:
+        until = time.monotonic() + 60
+        while not pids.exists():
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert said.splitlines()[-1].startswith("Interrupted: nothing was changed.")
     for pid in map(int, pids.read_text().split()):
@@ -793,7 +790,7 @@ def test_a_run_that_fails_later_keeps_its_backup(run: Callable[..., Run]) -> Non
     assert subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=one.place, check=False).returncode == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ one snapshot
+# --------------------------------------------------------------------------------------------------------- one snapshot
 
 
 def test_what_others_commit_during_the_dump_is_not_in_it(run: Callable[..., Run], instead: Callable[..., Path]) -> None:

@@ -156,9 +156,22 @@ def test_several_who_lock_a_row_together(system: Governed, strength: str) -> Non
 
 
 def test_a_change_in_a_savepoint(system: Governed) -> None:
-    """It has a transaction id of its own, whose owner is the same."""
-    with somebody(system, "SAVEPOINT s", IN_THE_WAY["row updated"][0], "RELEASE s") as pid:
-        assert [one.pid for one in locks(system).in_the_way] == [pid]
+    """It has a transaction id of its own; once that is released, nobody can say any more whose it is."""
+    for release in ("SAVEPOINT t", "RELEASE s"):
+        with somebody(system, "SAVEPOINT s", IN_THE_WAY["row updated"][0], release) as pid:
+            assert [(one.place, one.pid) for one in locks(system).in_the_way] == [(IN_THE_WAY["row updated"][1], pid)]
+        with somebody(system, "SAVEPOINT s", IN_THE_WAY["function altered"][0], release) as pid:
+            assert [(one.place, one.pid) for one in locks(system).in_the_way] == [("routine app.fn_total()", pid)]
+        # REPLACE keeps no lock on the catalog.
+        with somebody(system, "SAVEPOINT s", IN_THE_WAY["function replaced"][0], release) as pid:
+            shown = look(system)
+            assert shown.locks is not None
+            (one,) = shown.locks.in_the_way
+            assert (one.place, one.certain) == ("routine app.fn_total()", True)
+            assert one.pid == (pid if release == "SAVEPOINT t" else None)
+            assert ("process cannot be told" in text.plan(shown, colour=False, verbose=False)) == (one.pid is None)
+    with somebody(system, "SAVEPOINT s", IN_THE_WAY["row updated"][0], "ROLLBACK TO s", "SELECT 1"):
+        assert locks(system).in_the_way == ()
 
 
 def test_a_prepared_transaction_has_no_process(own_system: Governed) -> None:

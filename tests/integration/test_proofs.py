@@ -917,6 +917,10 @@ def test_a_rehearsal_is_carried_into_an_apply_and_told_as_one(rehearsed: Carried
     assert "Proofs: 15 passed, 1 rehearsed" in report
     assert "nobody signed it, and this run did not see it happen" in report
     assert "No changes." in rehearsed.plan()
+    # A third party finds the report among the evidence.
+    rehearsed.run("verify", place)
+    (place / "rehearsal.json").unlink()
+    assert "rehearsal.json: missing" in rehearsed.run("verify", place, code=1).stdout
 
 
 def test_a_rehearsal_of_other_effects_is_refused_before_anything_begins(rehearsed: Carried) -> None:
