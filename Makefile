@@ -8,12 +8,14 @@ WORKERS ?= 2
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all kill race lint clean
 
 help:
 	@echo "make demo      the main job on an embedded PostgreSQL, from plan to drift"
 	@echo "make test      everything that belongs in every run"
 	@echo "make test-all  what make test leaves out: the servers of the matrix, and what takes long"
+	@echo "make kill      an apply killed before and after each of its statements; takes hours (EVERY=50: minutes)"
+	@echo "make race      hostile sessions against an apply, ROUNDS=10000 times, on PostgreSQL 16; takes an hour or less"
 	@echo "make lint      linters and type checker alone"
 	@echo "make setup     only install"
 	@echo "make clean     remove what these commands made"
@@ -32,6 +34,15 @@ test-all: $(VENV)/dev
 	  RECONCILER_TEST_SERVER=$$major $(PYTEST) -n $(WORKERS) -m smoke --ignore tests/unit || exit 1; \
 	done
 	$(PYTEST) -n $(WORKERS) -m slow
+
+# Kill at every so many-th statement only.
+EVERY ?= 1
+kill: $(VENV)/dev
+	$(BIN)/python -m tests.fault.kill --workers $(WORKERS) --every $(EVERY)
+
+ROUNDS ?= 10000
+race: $(VENV)/dev
+	$(BIN)/python -m tests.fault.race --workers $(WORKERS) --rounds $(ROUNDS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from psycopg.conninfo import make_conninfo
 
 from reconciler import __version__, image, pg, programs, scratch
 from reconciler.errors import BackupFailed, Locked, MissingProgram, PlanDamaged, ReconcilerError, SandboxError
-from reconciler.model import Backup, Command, Step, Verified, milliseconds
+from reconciler.model import Backup, Command, Step, Tried, milliseconds
 from reconciler.parts import raw, relation
 from reconciler.plan import read, serialize, stamp
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 EVERY = 10.0
 """Seconds between two lines of progress."""
-
-CHUNK = 1024 * 1024
 
 SAFE = "Nothing was changed."
 
@@ -58,7 +56,7 @@ class Task:
     @property
     def verify(self) -> bool:
         """Is it to be tried on a scratch database?"""
-        return isinstance(self.policy.backup, Verified)
+        return isinstance(self.policy.backup, Tried)
 
     def file(self, suffix: str) -> str:
         """The plain name of the file."""
@@ -79,7 +77,7 @@ def make(conn: pg.Connection, task: Task) -> Backup:
         pg.run(conn, "SET LOCAL transaction_timeout = 0")
     if isinstance(form, Command):
         made = _by_command(conn, task, form.command)
-    elif (form.kind if isinstance(form, Verified) else form) == "full":
+    elif (form.kind if isinstance(form, Tried) else form) == "full":
         made = _full(conn, task)
     else:
         made = _governed(conn, task)
@@ -397,13 +395,8 @@ def _remove(file: Path) -> None:
 
 def _sum(file: Path) -> tuple[str, int]:
     """SHA-256 and bytes of a file of any size."""
-    sha = hashlib.sha256()
-    size = 0
     with file.open("rb") as opened:
-        while data := opened.read(CHUNK):
-            sha.update(data)
-            size += len(data)
-    return sha.hexdigest(), size
+        return hashlib.file_digest(opened, "sha256").hexdigest(), opened.tell()
 
 
 def _room(folder: Path, size: int) -> None:

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -388,7 +389,7 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
         if not record.committed:
             if record.begun:
                 for problem in kept.write(done, None):
-                    click.echo(problem, err=True)
+                    _aside(problem)
             else:
                 kept.folder.give_back()
             raise error from raised
@@ -486,7 +487,7 @@ class _Kept:
             return [error.message]
         except Exception as error:  # noqa: BLE001 - the change stands, whatever goes wrong in telling it
             return [f"evidence could not be written to {self.folder.path}: {type(error).__name__}: {error}"]
-        click.echo(f"Evidence: {self.folder.path}", err=True)
+        _aside(f"Evidence: {self.folder.path}")
         return []
 
 
@@ -572,7 +573,7 @@ class _Progress:
         self._last = detail
         seconds = (datetime.now(UTC) - self._started).total_seconds()
         count = f" {number}/{of}" if of else ""
-        click.echo(f"{seconds:6.1f} s  {stage}{count}{': ' + detail if detail else ''}", err=True)
+        _aside(f"{seconds:6.1f} s  {stage}{count}{': ' + detail if detail else ''}")
 
 
 @cli.command()
@@ -981,6 +982,12 @@ def load(directory: Path, dsn: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ the edges
 
 
+def _aside(text: str) -> None:
+    """A line on stderr, if anybody reads along: that nobody does stops nothing and changes no exit code."""
+    with suppress(OSError):
+        click.echo(text, err=True)
+
+
 def _colour(no_color: bool) -> bool:
     unwanted = no_color or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     return not unwanted and sys.stdout.isatty()
@@ -1015,7 +1022,7 @@ def _fail(error: ReconcilerError) -> int:
     if error.hint:
         lines.append(error.hint)
     for line in lines:
-        click.echo(printable(line), err=True)
+        _aside(printable(line))
     if _wants_json(sys.argv[1:]):
         errors = list(error.details) if isinstance(error, InputError) else [error.message, *error.details]
         _json({"format_version": "1.0", "outcome": error.outcome, "errors": errors, "hint": error.hint})

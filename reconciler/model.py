@@ -158,7 +158,7 @@ class ApprovalPolicy(Model):
         return max([self.required, *(number for hazard, number in self.for_.items() if hazard in hazards)])
 
 
-class Verified(Model):
+class Tried(Model):
     """A backup that is also tried: what is governed is restored from it into a scratch database and compared."""
 
     kind: Literal["governed", "full"]
@@ -171,7 +171,7 @@ class Command(Model):
     command: tuple[str, ...] = Field(min_length=1)
 
 
-BackupPolicy: TypeAlias = Literal["none", "governed", "full"] | Verified | Command
+BackupPolicy: TypeAlias = Literal["none", "governed", "full"] | Tried | Command
 """What is backed up before and after an apply. There is one way to write each, so that none is two policies."""
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from reconciler.evidence import Evidence
     from reconciler.model import Approval
 
 
@@ -232,7 +233,7 @@ def folder(path: Path, allowed: str | None) -> Verified:
         raise UsageError(f"{path} is no evidence folder: {SUMS} or {DOCUMENT} is not there.")
     listed, problems = _sums(path)
     checked = [f"{len(listed)} files by SHA-256"]
-    problems += _documents(path, allowed, checked)
+    problems += _documents(path, allowed, checked, listed)
     return Verified(
         outcome="error" if problems else "no_changes",
         subject=str(path),
@@ -241,8 +242,8 @@ def folder(path: Path, allowed: str | None) -> Verified:
     )
 
 
-def _sums(path: Path) -> tuple[list[str], list[str]]:
-    """The listed files, and every one that is changed, missing, added or listed out of order."""
+def _sums(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The listed files with their sums, and every one that is changed, missing, added or listed out of order."""
     problems: list[str] = []
     listed: dict[str, str] = {}
     raw = (path / SUMS).read_bytes()
@@ -261,7 +262,7 @@ def _sums(path: Path) -> tuple[list[str], list[str]]:
         problems.append(f"{SUMS}: not in the form and order that reconciler writes")
     there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir() or file.is_symlink()}
     problems += [f"{name}: not in {SUMS}" for name in sorted(there - set(listed) - {SUMS})]
-    return list(listed), problems
+    return listed, problems
 
 
 def _sha256(file: Path) -> str:
@@ -269,7 +270,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
-def _documents(path: Path, allowed: str | None, checked: list[str]) -> Iterator[str]:
+def _documents(path: Path, allowed: str | None, checked: list[str], listed: Mapping[str, str]) -> Iterator[str]:
     """The plan, the approvals and the ledger entry, against each other and against what the evidence says of them."""
     try:
         told = load_evidence(path)
@@ -293,6 +294,7 @@ def _documents(path: Path, allowed: str | None, checked: list[str]) -> Iterator[
         if yes.effect_digest != plan.effect_digest:
             yield f"the approval of {yes.approver} is for other effects"
     yield from _signed(allowed, approvals, checked)
+    yield from _backups(told, listed, checked)
     if (path / "ledger-entry.json").is_file():
         checked.append("the ledger entry's hash")
         yield from _kept(path, told.run_id, plan)
@@ -315,6 +317,15 @@ def _signed(allowed: str | None, approvals: Sequence[Approval], checked: list[st
         except signatures.BadSignature as wrong:
             yield f"the approval of {yes.approver} {wrong}"
     checked.append(f"{len(signed)} signatures")
+
+
+def _backups(told: Evidence, listed: Mapping[str, str], checked: list[str]) -> Iterator[str]:
+    made = {one.file: one.sha256 for one in told.backups if one.file is not None}
+    if made:
+        checked.append(f"{len(made)} backups against what the run read of them")
+    for name, value in made.items():
+        if listed.get(name) != value:
+            yield f"{name}: not the backup that the run made"
 
 
 def _kept(path: Path, run_id: str, plan: Plan) -> Iterator[str]:

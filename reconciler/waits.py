@@ -122,12 +122,12 @@ class Waits:
             while not self._over.wait(min(LONG, self._set / 1000 or LONG) / 4):
                 if self._pid is None or time.monotonic() - self._since < min(LONG, self._set / 4000):
                     continue
-                if conn is None:
-                    conn = pg.connect(self._dsn, "watch")
-                    pg.run(conn, "SET search_path = ''")
-                    pg.run(conn, "SET statement_timeout = '5s'")
+                conn = conn or pg.connect(self._dsn, "watch")
+                # A transaction for each look: settings of a session would stay behind in a pooler's.
+                with pg.snapshot(conn, 5_000):
+                    found = holders(conn, self._pid)
                 # What was seen is kept: the last look before a time-out may find us no longer waiting.
-                self._holders = holders(conn, self._pid) or self._holders
+                self._holders = found or self._holders
         except ReconcilerError:
             pass  # then nobody is named
         finally:

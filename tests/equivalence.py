@@ -156,7 +156,7 @@ class Bench:
         """conn: of a superuser, in autocommit. The four tables are emptied, their defaults and trigger shadowed."""
         self.conn = conn
         self.patience = "60s"  # some mutants make a loop without end
-        self._outcomes: dict[tuple[str, str, bool, bool], list[Outcome]] = {}
+        self._outcomes: dict[tuple[str, str, bool], list[Outcome]] = {}
         with conn.transaction():
             conn.execute(SHADOW)
             for table in TABLES:
@@ -217,21 +217,21 @@ class Bench:
             found += [Outcome(*row) for row in rows]
         return found
 
-    def outcomes(self, routine: str, text: str, *, ties: bool = True, rivals: bool = True) -> list[Outcome]:
+    def outcomes(self, routine: str, text: str, *, ties: bool = True) -> list[Outcome]:
         """The outcomes of a routine for its scenes; played once and kept."""
-        key = (routine, text, ties, rivals)
+        key = (routine, text, ties)
         if key not in self._outcomes:
             with self.installed(routine, text):
-                self._outcomes[key] = self.play(scenes(routine, ties=ties, rivals=rivals))
+                self._outcomes[key] = self.play(scenes(routine, ties=ties))
         return self._outcomes[key]
 
-    def difference(self, mutant: Mutant, text: str, *, ties: bool = True, rivals: bool = True) -> Difference | None:
+    def difference(self, mutant: Mutant, text: str, *, ties: bool = True) -> Difference | None:
         """The first input for which a mutant does not do what its original, `text`, does; None when there is none.
 
-        ties, rivals: as in `scenes`.
+        ties: as in `scenes`.
         """
-        wanted = self.outcomes(mutant.routine, text, ties=ties, rivals=rivals)
-        some = scenes(mutant.routine, ties=ties, rivals=rivals)
+        wanted = self.outcomes(mutant.routine, text, ties=ties)
+        some = scenes(mutant.routine, ties=ties)
         done = 0
         try:
             with self.installed(mutant.routine, mutant.text):

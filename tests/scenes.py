@@ -99,11 +99,10 @@ _DULL = frozenset(
 
 
 @cache
-def scenes(routine: str, inputs: int = INPUTS, *, ties: bool = True, rivals: bool = True) -> tuple[Scene, ...]:
+def scenes(routine: str, inputs: int = INPUTS, *, ties: bool = True) -> tuple[Scene, ...]:
     """Scenes with so many different inputs for a routine, the same ones each time.
 
-    ties: may a time equal the clock, or the clock less a threshold in whole seconds, to the microsecond? rivals: may
-    another session come between two statements?
+    ties: may a time equal the clock, or the clock less a threshold in whole seconds, to the microsecond?
     """
     _, name, _ = split_identity(routine)
     rng = random.Random(name)
@@ -115,8 +114,7 @@ def scenes(routine: str, inputs: int = INPUTS, *, ties: bool = True, rivals: boo
         for _ in range(4 * CALLS):
             if len(calls) < CALLS:
                 calls[world.call(name)] = None
-        rival = rivals and rng.random() < RIVALS
-        found.append(world.scene(tuple(calls)[: min(CALLS, left)], rival=rival))
+        found.append(world.scene(tuple(calls)[: min(CALLS, left)], rival=rng.random() < RIVALS))
         left -= len(found[-1].calls)
     return tuple(found)
 

@@ -9,7 +9,7 @@ import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, cast
 
-from reconciler.model import Command, Verified
+from reconciler.model import Command, Tried
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -96,7 +96,7 @@ def backup_policy(policy: BackupPolicy) -> str:
             return "none"
         case Command(command=command):
             return f"by the command {shlex.join(command)}, before and after"
-        case Verified(kind=kind):
+        case Tried(kind=kind):
             return f"{BACKUPS[kind]}, restored on a scratch server to verify it, before and after"
         case _:
             return f"{BACKUPS[policy]}, before and after"
@@ -114,7 +114,8 @@ def backup_made(made: Backup) -> str:
     """One backup, on a line."""
     if made.file is None:
         return f"Backup {made.moment}: {made.tool}, {made.seconds:.1f} s"
-    return f"Backup {made.moment}: {made.file}, {size(made.bytes or 0)}, {made.tool}, {made.seconds:.1f} s, SHA-256 {made.sha256}"
+    what = f"{made.file}, {size(made.bytes or 0)}, {made.tool}"
+    return f"Backup {made.moment}: {what}, {made.seconds:.1f} s, SHA-256 {made.sha256}"
 
 
 def checks_line(invariants: Sequence[Verdict], proofs: Sequence[Verdict] = (), surface: Sequence[Verdict] = ()) -> str:

@@ -73,7 +73,8 @@ CREATE SCHEMA IF NOT EXISTS spare;
 DELETE FROM app.settings;
 DELETE FROM app.heartbeat;
 DELETE FROM app.cursor;
-INSERT INTO app.settings (name, value) VALUES ('shop.limit', '9'), ('shop.open', 'false'), ('other', 'x');
+INSERT INTO app.settings (name, value) VALUES ('shop.limit', '9'), ('shop.open', 'false'), ('shop.still', '1'),
+    ('other', 'x');
 INSERT INTO app.cursor VALUES ('courier', '2026-05-22 11:31:41.928657+00');
 DROP FUNCTION IF EXISTS app.fn_body(), app.fn_grant();
 DROP FUNCTION IF EXISTS app.fn_new(), app.fn_other();
@@ -477,6 +478,7 @@ def _system(db: Database, root: Path) -> governed.Governed:
             "shop.open": {"value": "true", "from": ["false"], "reason": "Open."},
             "shop.limit": {"value": "10", "reason": "A number."},
             "shop.till": {"value": "false", "reason": "Shut."},
+            "shop.still": {"value": "1", "reason": "Nothing to do."},
         },
         "markers": {
             "courier": {

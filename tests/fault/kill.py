@@ -1,7 +1,7 @@
 """The kill matrix: an apply is stopped before and after every statement it sends, and the database is looked at.
 
     python -m tests.fault.kill            everything, over the Phase 2 apply of examples/dieu45 on PostgreSQL 16.13
-    python -m tests.fault.kill --every 50 --modes client,crash --server 18
+    python -m tests.fault.kill --every 50 --modes client,crash --server 18 --workers 2
 
 Four ways to stop it, at each moment (see `proxy`):
 
@@ -9,7 +9,7 @@ client   the process of the command is killed with SIGKILL, and the server sees 
 backend  the server process is terminated; the client goes on, and must say what is true
 crash    the server is stopped at once (immediate), recovers and is there again; the client goes on
 image    the server is frozen and its files copied: what a crash would leave; a second server recovers from the copy.
-         One apply gives the images of all its moments, so this is the crash of every moment in a bearable time
+         One apply gives the images of many moments, so this is the crash of every moment in a bearable time
 
 After each: the database is to the row and its version what it was before, or it is what it is after an apply that was
 let alone; no advisory lock is held; the client's exit code says which of the two; and the next run works, because it is
@@ -31,8 +31,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
@@ -531,6 +534,16 @@ class Choice:
         return [number for start in range(16) for number in chosen[start::16]]
 
 
+def _only(choice: Choice, each: int, of: int) -> Callable[[Moment], bool]:
+    """A part of the choice that is spread over all of an apply."""
+
+    def chosen(moment: Moment) -> bool:
+        place = 0 if moment.text == "COMMIT" else (moment.number - 1) // 2 // choice.every // choice.part[1] % of
+        return place == each and choice(moment)
+
+    return chosen
+
+
 def matrix(one: Arena, modes: Sequence[str], choice: Choice, tell: Callable[[Round], None]) -> list[Round]:
     """Kill at every chosen moment, in every one of the ways."""
     found: list[Round] = []
@@ -539,7 +552,10 @@ def matrix(one: Arena, modes: Sequence[str], choice: Choice, tell: Callable[[Rou
         try:
             for mode in modes:
                 if mode == "image":
-                    found += images(one, choice, tell)
+                    # Proofs look at the clock: an apply that stood still for minutes would fail them.
+                    applies = -(-len(numbers) // 100)
+                    for each in range(applies):
+                        found += images(one, _only(choice, each, applies), tell)
                     continue
                 for number in numbers:
                     done = kill(one, mode, number, started_by)
@@ -553,41 +569,59 @@ def matrix(one: Arena, modes: Sequence[str], choice: Choice, tell: Callable[[Rou
     return found
 
 
+def run(given: argparse.Namespace, part: tuple[int, int]) -> Counter[tuple[str, str]]:
+    """One part of the matrix; each thing that is wrong is printed as it comes. The number of rounds by mode and end."""
+    begun, rounds = time.monotonic(), Counter[tuple[str, str]]()
+
+    def tell(done: Round) -> None:
+        rounds[done.mode, done.found] += 1
+        if done.found == "between" or done.wrong:
+            rounds[done.mode, "wrong"] += 1
+            print(f"{done.mode} {done.moment}: {done.found}", *done.wrong, sep="\n  ", flush=True)  # noqa: T201
+        if rounds.total() % 100 == 0:
+            print(f"{part[0]}/{part[1]}: {time.monotonic() - begun:.0f} s, {_line(rounds)}", flush=True)  # noqa: T201
+
+    # In memory where that is: the images of a server are many files, written and thrown away.
+    memory = Path("/dev/shm")
+    folder = memory if os.access(memory, os.W_OK) else None
+    with arena(given.server, {"phase2": phase2, "shop": shop}[given.system], folder) as one:
+        choice, moments = Choice(given.every, part), count(one)
+        statements = sum(moment.when == "before" for moment in moments)
+        chosen = len(choice.of(moments))
+        print(f"{part[0]}/{part[1]}: {statements} statements, {chosen} boundaries", flush=True)  # noqa: T201
+        matrix(one, given.modes.split(","), choice, tell)
+    return rounds
+
+
+def _line(rounds: Counter[tuple[str, str]]) -> str:
+    ends = Counter[str]()
+    for (_, found), number in rounds.items():
+        ends[found] += number
+    whole = ends["before"] + ends["after"] + ends["between"]
+    return f"{whole} rounds, {ends['between']} in-between states, {ends['wrong']} wrong"
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Print each thing that is wrong as it comes, and the numbers at the end. 1 when there was anything."""
+    """Print the numbers at the end; 1 when there was anything wrong."""
     if list(arguments) == ["nursery"]:
         bring_up()
         return 0
     parser = argparse.ArgumentParser(prog="python -m tests.fault.kill")
-    parser.add_argument("--every", type=int, default=1, help="kill at every so many-th moment only")
-    parser.add_argument("--part", default="1/1", help="only the k-th of n parts, as k/n, for several machines")
-    parser.add_argument("--modes", default="client,backend,image", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--every", type=int, default=1, help="kill at every so many-th statement only")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with a server and a part of the matrix")
+    parser.add_argument("--modes", default="image,client,backend", help=f"of {', '.join(MODES)}")
     parser.add_argument("--server", default="16", help="embedded, or a major of the matrix")
     parser.add_argument("--system", default="phase2", choices=["phase2", "shop"])
     given = parser.parse_args(arguments)
-    begun, rounds, wrong = time.monotonic(), Counter[tuple[str, str]](), 0
-
-    def tell(done: Round) -> None:
-        nonlocal wrong
-        rounds[done.mode, done.found] += 1
-        if done.found == "between" or done.wrong:
-            wrong += 1
-            print(f"{done.mode} {done.moment}: {done.found}", *done.wrong, sep="\n  ", flush=True)  # noqa: T201
-        if rounds.total() % 100 == 0:
-            print(f"{time.monotonic() - begun:7.0f} s  {rounds.total()} rounds, {wrong} wrong", flush=True)  # noqa: T201
-
-    with arena(given.server, {"phase2": phase2, "shop": shop}[given.system]) as one:
-        moments = count(one)
-        statements = sum(moment.when == "before" for moment in moments)
-        first, _, of = given.part.partition("/")
-        choice = Choice(given.every, (int(first), int(of)))
-        print(f"{statements} statements, {len(choice.of(moments))} boundaries", flush=True)  # noqa: T201
-        matrix(one, given.modes.split(","), choice, tell)
+    begun, rounds = time.monotonic(), Counter[tuple[str, str]]()
+    with ProcessPoolExecutor(given.workers, get_context("spawn")) as pool:
+        parts = [(number, given.workers) for number in range(1, given.workers + 1)]
+        for found in pool.map(partial(run, given), parts):
+            rounds.update(found)
     for (mode, found), number in sorted(rounds.items()):
         print(f"{mode:8} {found:8} {number}")  # noqa: T201
-    between = sum(number for (_, found), number in rounds.items() if found == "between")
-    print(f"{rounds.total()} rounds, {between} between, {wrong} wrong, {time.monotonic() - begun:.0f} s")  # noqa: T201
-    return 1 if wrong else 0
+    print(f"{_line(rounds)}; {time.monotonic() - begun:.0f} s")  # noqa: T201
+    return 1 if any(found in {"between", "wrong"} for _, found in rounds) else 0
 
 
 if __name__ == "__main__":

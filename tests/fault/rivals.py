@@ -82,6 +82,9 @@ RIVALS = (
     Rival("row: same key inserted", (SAME_KEY.format(value="true"),)),
     Rival("row: same row inserted", (SAME_KEY.format(value="false"),)),
     Rival("row: another renamed to it", ("UPDATE app.settings SET name = 'shop.till' WHERE name = 'other'",)),
+    Rival(
+        "row: flip one that stays", ("UPDATE app.settings SET value = '2' WHERE name = 'shop.still'",), elsewhere=True
+    ),
     Rival("marker: same key inserted", ("INSERT INTO app.heartbeat VALUES ('courier', 'x', now(), 5)",)),
     Rival("marker: bound value moves", ("UPDATE app.cursor SET ran = ran + interval '1 s'",), elsewhere=True),
     Rival("table: truncate", ("TRUNCATE app.settings",)),

@@ -509,15 +509,15 @@ def test_what_commit_answered_survives_a_crash(own_server: Callable[..., Server]
 
 
 class Running:
-    """The command as a process of its own, whose line the test holds at COMMIT."""
+    """The command as a process of its own, whose line the test holds at a statement."""
 
-    def __init__(self, system: Governed, when: str) -> None:
-        self.system, self.when = system, when
+    def __init__(self, system: Governed, when: str, text: str = "COMMIT") -> None:
+        self.system, self.when, self.text = system, when, text
         self.held, self.go = threading.Event(), threading.Event()
         self.passing = True
 
     def __call__(self, moment: Moment, line: Line) -> None:
-        if (moment.when, moment.text) == (self.when, "COMMIT"):
+        if moment.when == self.when and moment.text.lstrip().startswith(self.text):
             self.held.set()
             self.go.wait(LIMIT)
             if not self.passing:
@@ -540,6 +540,46 @@ class Running:
                 finally:
                     self.go.set()
                     process.kill()
+
+
+@pytest.mark.parametrize("at", ["BEGIN ISOLATION LEVEL READ COMMITTED", 'UPDATE "app"', "INSERT INTO reconciler.entry"])
+def test_interrupted_again_and_again_before_commit(system: Governed, at: str) -> None:
+    """The server does not answer, and somebody loses patience: it ends at once, and says what is true."""
+    plan, _ = saved(system)
+    before = image(system.db)
+    run = Running(system, "before", at)
+    run.passing = False
+    with run.process() as (process, _):
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)  # psycopg looks for signals ten times a second
+        out, err = process.communicate()
+        run.go.set()
+    assert (process.returncode, out) == (1, "")
+    assert err.splitlines()[-1] == "Interrupted: nothing was changed."
+    assert "Traceback" not in err
+    until_gone(system)
+    assert image(system.db) == before
+    assert evidences.load(system.root / "run").outcome == "error"
+    system.apply(plan)
+    system.in_sync()
+
+
+def test_that_nobody_reads_along_stops_nothing(system: Governed) -> None:
+    saved(system)
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = Path(sysconfig.get_path("scripts")) / "reconciler"
+    words = [program, "apply", system.plan_file, "--initialize", "--evidence", system.root / "run"]
+    with os.fdopen(writing, "w") as nobody:
+        done = subprocess.run(
+            [*words, "--dsn", system.db.dsn], check=False, stdout=subprocess.PIPE, stderr=nobody, text=True
+        )
+    assert done.returncode == 0
+    assert "Apply complete! 4 added, 2 changed, 0 removed." in done.stdout.splitlines()
+    assert "Applied, but" not in done.stdout
+    assert sums_hold(system.root / "run")
+    system.in_sync()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 FULL_TRIED = {"kind": "full", "verify": "restore"}
 GOVERNED_TRIED = {"kind": "governed", "verify": "restore"}
 PICTURE = """
-SELECT 'function', p.oid::regprocedure::text, pg_get_functiondef(p.oid) || coalesce(p.proacl::text, '-') || r.rolname
-       || coalesce(obj_description(p.oid, 'pg_proc'), '-')
+SELECT 'function', p.oid::regprocedure::text, concat_ws(' ', pg_get_functiondef(p.oid), r.rolname,
+       obj_description(p.oid, 'pg_proc'), (SELECT array_agg(a::text ORDER BY a::text) FROM unnest(p.proacl) AS a))
   FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner WHERE p.pronamespace = 'app'::regnamespace
-UNION ALL SELECT 'gate', name, to_jsonb(s)::text FROM app.settings s WHERE name LIKE 'shop.%%'
+UNION ALL SELECT 'gate', name, to_jsonb(s)::text FROM app.settings s WHERE name LIKE 'shop.%'
 UNION ALL SELECT 'marker', worker, to_jsonb(h)::text FROM app.heartbeat h
 ORDER BY 1, 2
 """
@@ -52,7 +52,7 @@ def tools() -> programs.Tools:
 
 def picture(conn: psycopg.Connection[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Everything governed, in PostgreSQL's own words, rows with every column."""
-    return conn.execute(PICTURE.encode().replace(b"%%", b"%")).fetchall()
+    return conn.execute(PICTURE.encode()).fetchall()
 
 
 class Run:
@@ -249,13 +249,14 @@ def test_a_governed_backup_is_put_back_as_the_report_says(awkward: Callable[[Any
         one.db.execute(f"DROP ROUTINE {name} CASCADE")
     one.db.execute("DELETE FROM app.settings WHERE name LIKE 'shop.%'")
     one.db.execute("DELETE FROM app.heartbeat")
-    schema = one.db.execute("SELECT array_agg(a::text ORDER BY 1) FROM pg_namespace, unnest(nspacl) a")
+    rights = "SELECT nspname, a::text FROM pg_namespace, unnest(nspacl) AS a ORDER BY 1, 2"
+    schema = one.db.execute(rights)
     (line,) = [step["command"] for step in one.made()[0]["restore"] if "psql" in step["command"]]
     done = shell(line, one.place, tools, one.db.dsn)
     assert done.returncode == 0, done.stderr
     assert picture(one.db.conn) == one.before
     # The right that an owner needed for a moment is gone again.
-    assert one.db.execute("SELECT array_agg(a::text ORDER BY 1) FROM pg_namespace, unnest(nspacl) a") == schema
+    assert one.db.execute(rights) == schema
 
 
 def test_what_is_pinned_is_in_a_governed_backup(db: Database, tmp_path: Path) -> None:

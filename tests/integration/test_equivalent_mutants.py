@@ -28,9 +28,8 @@ KNOWN = mutate._known(PROJECT / "examples" / "dieu45" / "equivalent-mutants.yaml
 SHORT = [re.sub(r"^public\.|\(.*", "", routine) for routine in TEXTS]
 
 MOMENT = "to the microsecond"
-RACE = "between two statements"
-"""Words by which an entry admits that it differs after all: where a time equals the clock that the function reads, or
-where another session commits between two of its statements. No proof can bring about either."""
+"""Words by which an entry admits that it does differ, where a time equals the clock that the function reads itself. No
+proof can bring that about."""
 
 SAMPLE = {entry.routine: name for name, entry in KNOWN.items()}
 """One of each routine."""
@@ -52,12 +51,11 @@ def objection(bench: Bench, mutant: Mutant, because: str) -> str | None:
     if mutant.mutator == "lock":
         return "a lock shows only between two sessions: a proof of two sessions has to kill it"
     text = TEXTS[mutant.routine]
-    admitted = {"ties": MOMENT not in because, "rivals": RACE not in because}
-    found = bench.difference(mutant, text, **admitted)
+    found = bench.difference(mutant, text, ties=MOMENT not in because)
     if found is not None:
         return f"it is not equivalent: {found}"
-    if not all(admitted.values()) and bench.difference(mutant, text) is None:
-        return f"its reason admits a difference, {MOMENT} or {RACE}, and there is none"
+    if MOMENT in because and bench.difference(mutant, text) is None:
+        return f"its reason admits a difference, {MOMENT}, and there is none"
     return None
 
 
@@ -94,8 +92,8 @@ def test_the_inputs_reach_every_refusal_and_mostly_come_through(bench: Bench, ro
     assert len({(scene.asked(whole=False), call) for scene in some for call in scene.calls}) == INPUTS
     assert sum(outcome.succeeded for outcome in outcomes) >= 0.6 * INPUTS
     reasons = Counter(outcome.reason for outcome in outcomes)
-    assert [one for one in re.findall("'reason', '([^']*)'", TEXTS[routine]) if reasons[one] < 5] == []
-    # The answers that differ only in what the clock or chance gave would make all of this noise.
+    assert [one for one in re.findall("'reason', '([^']*)'", TEXTS[routine]) if reasons[one] < 3] == []
+    # Outcomes that depend on when they were made would differ for no reason.
     with bench.installed(routine, TEXTS[routine]):
         again = bench.play(some[: 2 * CHUNK])
     assert again == outcomes[: len(again)]
@@ -187,15 +185,14 @@ def test_a_difference_at_one_moment_has_to_be_admitted(bench: Bench) -> None:
     assert "answer.late False -> True" in told
 
 
-def test_a_difference_in_a_race_has_to_be_admitted(bench: Bench) -> None:
+def test_a_difference_in_a_race_is_one(bench: Bench) -> None:
     mutant = planted("fn_job_enqueue", "constant", "'reason', 'idempotency_race'", "'reason', 'idempotency_racex'")
-    assert objection(bench, mutant, f"Only where the job ends {RACE}.") is None
     assert "with a rival" in str(objection(bench, mutant, "It is the same."))
 
 
 def test_an_excuse_hides_no_other_difference_and_stands_only_where_it_is_needed(bench: Bench) -> None:
     changed = planted("fn_job_ack", "constant", "'not_leased'", "'not_leasedx'")
-    assert "not_leasedx" in str(objection(bench, changed, f"Differs {MOMENT}, {RACE}."))
+    assert "not_leasedx" in str(objection(bench, changed, f"Differs {MOMENT}."))
     same = next(MUTANTS[name] for name, entry in KNOWN.items() if MOMENT not in entry.because)
     assert objection(bench, same, "It is the same.") is None
     assert "there is none" in str(objection(bench, same, f"Differs {MOMENT}."))
