@@ -88,7 +88,7 @@ def cli() -> None:
     """Compare a PostgreSQL control plane with its declared state; plan, approve, apply, watch for drift.
 
     Exit codes: 0 done or no changes, 1 error, 2 changes pending or drift, 3 an invariant is violated or not judged, or
-    a proof failed, 4 refused (stale, not approved, locked), 5 outcome unknown.
+    a proof failed, 4 refused (stale, not approved, locked), 5 outcome unknown (ask with settle).
     """
 
 

@@ -307,9 +307,12 @@ def is_evidence(found: Mapping[str, Any]) -> bool:
 def find(run: Path, parent: Path) -> Path:
     """The folder of a run: itself, that of its evidence.json, or the one below `parent` that its id names.
 
-    Raises UsageError when there is none, or more than one.
+    Raises UsageError when there is none, or more than one, or nothing in it.
     """
+    plain = "Without its evidence, `reconciler plan` shows no changes when the run was committed, the same plan if not."
     if run.is_dir():
+        if not (run / DOCUMENT).exists():
+            raise UsageError(f"{run} holds no {DOCUMENT}: the run did not come to write it.", hint=plain)
         return run
     if run.name == DOCUMENT and run.is_file():
         return run.parent
@@ -318,8 +321,7 @@ def find(run: Path, parent: Path) -> Path:
         what = f"{len(found)} folders below {parent} end in" if found else "There is no evidence folder"
         raise UsageError(
             f"{what} {run}.",
-            hint="Name the folder that apply printed as `Evidence:`. Without it, `reconciler plan` shows no changes"
-            " when the run was committed, and the same plan when it was not.",
+            hint=f"Name the folder that apply printed as `Evidence:`. {plain}",
         )
     return found[0]
 

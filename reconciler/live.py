@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from reconciler import pg, transitions
+from reconciler import pg
 from reconciler.checks import CheckKind, checks
 from reconciler.errors import UsageError
 from reconciler.kinds import kinds
@@ -50,7 +50,6 @@ def judge(conn: pg.Connection, asked: Asked, memos: Mapping[Address, Json] | Non
 
 def remember(conn: pg.Connection, asked: Asked) -> dict[Address, Json]:
     """What every check must know about the state at BEGIN, by address."""
-    transitions.track(conn)
     return {check.address: kind.remember(conn, check, asked) for kind, check in _checks(asked)}
 
 

@@ -480,8 +480,8 @@ class Lock(Model):
 class Obstacle(Model):
     """Who had something in the way of an apply when its plan was made. Never what they were executing.
 
-    `pid` is 0 for a prepared transaction, None where nobody can tell. `since`: when the transaction began. What the role
-    may not see is None. `certain`: an apply would wait; otherwise it might.
+    `pid` is 0 for a prepared transaction, None where nobody can tell. `since`: when the transaction began. What the
+    role may not see is None. `certain`: an apply would wait; otherwise it might.
     """
 
     address: Address

@@ -137,6 +137,8 @@ class Record:
 
     def interrupted(self, request: Request) -> ReconcilerError:
         """What an interruption came to, in words that hold at whatever moment it came."""
+        if self.committed:
+            return Interrupted("interrupted")
         if not self.committing:
             return Interrupted()
         return OutcomeUnknown(

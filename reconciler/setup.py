@@ -89,10 +89,12 @@ def overlaps(ours: JsonObject, theirs: JsonObject) -> list[str]:
             same = table == theirs["stores"].get(other["store"], {}).get("table")
             if same and meet(one["matching"], other["matching"]):
                 found.append(f"gates {one['matching']} and {other['matching']} of {table}")
-    for one in ours["scope"]["functions"]:
-        for other in theirs["scope"]["functions"]:
-            if one["schema"] == other["schema"] and meet(one["matching"], other["matching"]):
-                found.append(f"functions {one['matching']} and {other['matching']} of schema {one['schema']}")
+    found += [
+        f"functions {one['matching']} and {other['matching']} of schema {one['schema']}"
+        for one in ours["scope"]["functions"]
+        for other in theirs["scope"]["functions"]
+        if one["schema"] == other["schema"] and meet(one["matching"], other["matching"])
+    ]
     markers = {entry["table"] for entry in ours["scope"]["markers"]} & {
         entry["table"] for entry in theirs["scope"]["markers"]
     }

@@ -3,7 +3,7 @@
 The strongest lock that our own backend holds is exact for everything it did itself, triggers and SECURITY DEFINER
 functions included. Catalogs are the exception: PostgreSQL gives their locks back at once, so of them only the counters
 tell. It cannot see what another backend did on our behalf; so calls of functions with connections of their own (dblink)
-are counted, where the role may have them counted, and a call is as good as a write to anything.
+are counted, where the role may have them counted.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ def family(conn: Connection, names: Sequence[str]) -> dict[str, Json]:
             missing.append(name)
         for row in rows:
             found[row["oid"]] = [row[field] for field in _Part._fields]
-    return {"names": list(names), "found": found, "missing": missing, "calls": calls(conn)}
+    return {"names": list(names), "found": found, "missing": missing}
 
 
 def touched(conn: Connection, remembered: Json) -> list[str]:
     """What this backend did to a family beyond reading since it was remembered, a sentence each; empty when nothing."""
     parts = _since(conn, remembered)
-    return sorted({*_hard(conn, parts), *_opened(conn, parts), *called(conn, remembered["calls"])})
+    return sorted({*_hard(conn, parts), *_opened(conn, parts)})
 
 
 def watch(conn: Connection, query: str) -> dict[str, Json]:
@@ -114,7 +114,7 @@ def own(conn: Connection, watched: Json) -> Own:
     if unknown:
         return Own(unknown=unknown)
     parts = _since(conn, watched)
-    if hard := sorted({*_hard(conn, parts), *called(conn, watched["calls"])}):
+    if hard := sorted(set(_hard(conn, parts))):
         return Own(unknown="; ".join(hard))
     rows = [part for part in parts.values() if part.kind != "t"]
     return Own(

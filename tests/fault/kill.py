@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 MODES = ("client", "backend", "crash", "image")
 LIMIT = 60.0  # seconds that one apply may take to come to its moment, or to its end
 DATABASE = "governed"
+STILL = 15.0  # seconds that an apply may stand still: its proofs look at the clock
+TOGETHER = 25  # images that are made of one apply
 WATCH = "reconciler watch"  # asks from time to time who is in the way; it is no part of the apply
 
 # Columns whose values tell when or in which run something was written: no two applies agree on them.
@@ -458,12 +460,13 @@ def _told(found: str, code: int, said: str) -> list[str]:
 
 
 def images(one: Arena, wanted: Callable[[Moment], bool], tell: Callable[[Round], None]) -> list[Round]:
-    """One apply, and at each wanted moment what a crash would leave."""
+    """One apply, and at each wanted moment what a crash would leave; for as long as an apply may stand still."""
     made: list[Round] = []
+    begun = time.monotonic()
 
     def watch(moment: Moment, line: Line) -> None:
         del line
-        if wanted(moment):
+        if time.monotonic() - begun < STILL and wanted(moment):
             made.append(_image(one, moment))
             tell(made[-1])
 
@@ -475,6 +478,22 @@ def images(one: Arena, wanted: Callable[[Moment], bool], tell: Callable[[Round],
     if code:
         raise RuntimeError(said)
     return made
+
+
+def all_images(one: Arena, numbers: Sequence[int], tell: Callable[[Round], None]) -> list[Round]:
+    """An image of each of these moments, by as many applies as it takes."""
+    found: list[Round] = []
+    left = list(numbers)
+    while left:
+        # Spread over all of the apply: proofs that follow each other look at the clock, each from its own beginning.
+        wanted = set(left[:: -(-len(left) // TOGETHER)])
+        made = images(one, lambda moment, wanted=wanted: moment.number in wanted, tell)
+        found += made
+        seen = {done.moment.number for done in made}
+        left = [number for number in left if number not in seen]
+        if not made:
+            break  # not every apply needs as many statements as the one that was counted
+    return found
 
 
 def _image(one: Arena, moment: Moment) -> Round:
@@ -534,16 +553,6 @@ class Choice:
         return [number for start in range(16) for number in chosen[start::16]]
 
 
-def _only(choice: Choice, each: int, of: int) -> Callable[[Moment], bool]:
-    """A part of the choice that is spread over all of an apply."""
-
-    def chosen(moment: Moment) -> bool:
-        place = 0 if moment.text == "COMMIT" else (moment.number - 1) // 2 // choice.every // choice.part[1] % of
-        return place == each and choice(moment)
-
-    return chosen
-
-
 def matrix(one: Arena, modes: Sequence[str], choice: Choice, tell: Callable[[Round], None]) -> list[Round]:
     """Kill at every chosen moment, in every one of the ways."""
     found: list[Round] = []
@@ -552,10 +561,7 @@ def matrix(one: Arena, modes: Sequence[str], choice: Choice, tell: Callable[[Rou
         try:
             for mode in modes:
                 if mode == "image":
-                    # Proofs look at the clock: an apply that stood still for minutes would fail them.
-                    applies = -(-len(numbers) // 100)
-                    for each in range(applies):
-                        found += images(one, _only(choice, each, applies), tell)
+                    found += all_images(one, sorted(numbers), tell)
                     continue
                 for number in numbers:
                     done = kill(one, mode, number, started_by)

@@ -18,7 +18,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
@@ -275,6 +275,8 @@ def test_settle_finds_out(crashing: Governed, fate: str, monkeypatch: pytest.Mon
     assert json.loads(again.stdout)["outcome"] == found.outcome
     assert sums_hold(place)
     assert json.loads((place / "evidence-unknown.json").read_text())["outcome"] == "unknown"
+    judged = command("verify", place)
+    assert (judged.returncode, judged.stderr) == (0, "")
     assert (place / "evidence.json").stat().st_mode & 0o777 == 0o600
     report = (place / "report.md").read_text()
     if fate == "committed":
@@ -310,6 +312,10 @@ def test_settle_by_the_id_of_the_run(system: Governed, monkeypatch: pytest.Monke
     (place,) = parent.iterdir()
     run = evidences.load(place).run_id
     assert command("settle", run, dsn=system.db.dsn).returncode == 0
+    (parent / "empty").mkdir()
+    empty = command("settle", parent / "empty", dsn=system.db.dsn)
+    assert (empty.returncode, empty.stdout) == (1, "")
+    assert "`reconciler plan` shows no changes" in empty.stderr
     missing = command("settle", run.replace(run[0], "0" if run[0] != "0" else "1"), dsn=system.db.dsn)
     assert missing.returncode == 1
     assert "`reconciler plan` shows no changes" in missing.stderr
@@ -563,6 +569,41 @@ def test_interrupted_again_and_again_before_commit(system: Governed, at: str) ->
     assert evidences.load(system.root / "run").outcome == "error"
     system.apply(plan)
     system.in_sync()
+
+
+def test_interrupted_right_after_the_commit(system: Governed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else is done: it was committed, and that is what it says."""
+    saved(system)
+    commit = settling.commit
+
+    def interrupted(*given: Any) -> None:
+        commit(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(settling, "commit", interrupted)
+    done = command("apply", system.plan_file, "--initialize", "--evidence", system.root / "run", dsn=system.db.dsn)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "Applied, but: not planned again: interrupted"
+    assert evidences.load(system.root / "run").entry == 1
+    assert sums_hold(system.root / "run")
+    system.in_sync()
+
+
+def test_interrupted_when_nobody_knows(system: Governed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between COMMIT and its answer, in our own code: neither applied nor unchanged may be said."""
+    saved(system)
+
+    def interrupted(conn: Any, case: Any, record: Any) -> None:  # noqa: ARG001 - as called
+        record.committing = True
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(settling, "commit", interrupted)
+    done = command("apply", system.plan_file, "--initialize", "--evidence", system.root / "run", dsn=system.db.dsn)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "othing was changed" not in done.stderr
+    assert f"reconciler settle {system.root / 'run'}" in done.stderr.splitlines()[-1]
+    monkeypatch.undo()
+    assert command("settle", system.root / "run", dsn=system.db.dsn).returncode == 1
 
 
 def test_that_nobody_reads_along_stops_nothing(system: Governed) -> None:

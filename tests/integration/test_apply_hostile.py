@@ -388,7 +388,9 @@ def test_another_apply_is_named(system: Governed) -> None:
         assert time.monotonic() - started < 8
         assert (done.returncode, done.stdout) == (4, "")
         assert "Error: Another apply of shop is running." in done.stderr.splitlines()
-        holder = f"  held by process {conn.info.backend_pid}, role postgres, rival, idle in transaction, its transaction"
+        holder = (
+            f"  held by process {conn.info.backend_pid}, role postgres, rival, idle in transaction, its transaction"
+        )
         assert any(line.startswith(holder) for line in done.stderr.splitlines()), done.stderr
     assert image(system.db) == before
     # The lock belongs to a name in a database; another name does not wait.

@@ -41,7 +41,7 @@ def test_only_pg_connects() -> None:
         for path in MODULES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
-        and re.fullmatch(r"psycopg\.(Async)?(Connection(\[.*\])?\.)?connect", ast.unparse(node.func))
+        and re.fullmatch(r"(psycopg\.)?(Async)?Connection(\[.*\])?\.connect|psycopg\.connect", ast.unparse(node.func))
     }
     imported = {
         ids(path)
