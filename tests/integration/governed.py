@@ -209,6 +209,7 @@ class Governed:
         self, plan: Plan, approvals: Sequence[Approval] | None = None, *, dsn: str | None = None, **given: Any
     ) -> applying.Request:
         """What the operator asks for; a plan that sets the ledger up is a first apply."""
+        given.setdefault("folder", self.root)
         given.setdefault("initialize", any(change.kind == "ledger" for change in plan.setup))
         chosen = [self.approve(plan)] if approvals is None else approvals
         return applying.Request(dsn=dsn or self.db.dsn, plan=plan, approvals=chosen, **given)

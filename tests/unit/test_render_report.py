@@ -204,7 +204,7 @@ def test_an_applied_run() -> None:
         "Scope honoured", "What was added and changed", "Proofs: 1 passed, 1 rehearsed, 1 failed",
         "Regression: 2 of 4 as predicted", "Words list: 1 held, 1 attested",
         "Other invariants: 1 not judged, 1 violated", "Findings: 1", "What was not looked at", "Approvals",
-        "Backups", "Statements: 1 of 2", "Ledger entry",
+        "Statements: 1 of 2", "Ledger entry", "Backups",
     ]  # fmt: skip
     report = markdown.evidence(kept())
     assert "Locked gates hold their safe values: `app.a = x`." in report
