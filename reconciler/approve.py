@@ -106,13 +106,21 @@ def judging(plan: Plan) -> tuple[Policy, str]:
 
 
 def author(plan: Plan, allowed: str, now: datetime) -> signatures.Signer | None:
-    """Who made the plan, when it is signed by a key of the list; otherwise nobody can say."""
-    if plan.author is None or plan.author_signature is None:
+    """Who made the plan, None when it does not say.
+
+    Raises NotApproved for a plan that names somebody and is not signed by a key that the list knows under that name.
+    """
+    if plan.author is None and plan.author_signature is None:
         return None
     try:
-        return signatures.judge(plan.statement(), plan.author_signature, allowed, plan.author, signatures.PLAN, now)
-    except signatures.BadSignature:
-        return None
+        return signatures.judge(
+            plan.statement(), plan.author_signature or "", allowed, plan.author or "", signatures.PLAN, now
+        )
+    except signatures.BadSignature as wrong:
+        raise NotApproved(
+            f"The plan says that {plan.author} made it, but its signature {wrong}.",
+            hint="Make the plan again, signed by a key of the installed list, or leave --key away.",
+        ) from None
 
 
 def sign_plan(plan: Plan, name: str, key: Path) -> Plan:

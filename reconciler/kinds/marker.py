@@ -232,7 +232,8 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
             if not declared:
                 continue  # as in `read`: nobody says what its key is
             columns = list(declared[0][1].key)
-            addresses = {tuple(spec.key.get(column) for column in columns): address for address, spec in declared}
+            addresses = _rows_of_stores(desired, place, columns)
+            addresses |= {tuple(spec.key.get(column) for column in columns): address for address, spec in declared}
             texts = sql.SQL(", ").join(sql.SQL("{}::pg_catalog.text").format(sql.Identifier(name)) for name in columns)
             query = sql.SQL("SELECT ARRAY[{}] AS key, xmin::pg_catalog.text AS xmin FROM {}")
             for row in pg.rows(conn, query.format(texts, identifier(place)), doing=f"reading {place}"):
@@ -345,6 +346,16 @@ def _delete(before: MarkerSpec, rules: MarkerRules) -> sql.Composed:
     """Only while nobody ticked: the row is locked, the condition stands all the same."""
     passive = raw(rules.passive_while) if rules.passive_while else sql.SQL("false")
     return sql.SQL("DELETE FROM {} WHERE {} AND ({})").format(identifier(before.table), _where(before.key), passive)
+
+
+def _rows_of_stores(desired: Desired, place: str, columns: Sequence[str]) -> dict[tuple[str | None, ...], str]:
+    """Rows that are declared as something else: a table may be a gate store as well."""
+    return {
+        (item.name,): item.address
+        for item in desired.items.values()
+        if (store := getattr(item.rules, "store", None)) is not None
+        and (store.table, [store.key]) == (place, list(columns))
+    }
 
 
 def _declared_types(via: Via, context: Context) -> dict[str, str] | None:

@@ -6,6 +6,7 @@ Every refusal leaves each table of the database, catalogs included, to the row a
 from __future__ import annotations
 
 import json
+import subprocess
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -332,17 +333,20 @@ def test_the_installed_policy_judges_not_the_proposed_one(system: Governed) -> N
 def test_a_policy_that_wants_signatures_takes_no_unsigned_approval(system: Governed) -> None:
     plan = system.plan()
     approval = system.approve(plan)
-    system.state["governance"]["approval"]["signed"] = True
+    system.state["governance"]["approval"] |= {"signed": True, "approvers": "approvers"}
+    key = system.root / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     system.write()
+    (system.directory / "approvers").write_text(f"operator {key.with_suffix('.pub').read_text()}")
     signed = system.plan()
-    with pytest.raises(NotApproved, match="signed"):
+    with pytest.raises(NotApproved, match="must be signed"):
         system.approve(signed)
     forged = approval.model_copy(
         update={"effect_digest": signed.effect_digest, "signature": "-----BEGIN SSH SIGNATURE"}
     )
     with untouched(system), pytest.raises(NotApproved) as refused:
         system.apply(signed, [forged])
-    assert "is not signed" in "\n".join(refused.value.details)
+    assert "holds no signature that OpenSSH can read" in "\n".join(refused.value.details)
 
 
 def test_a_plan_that_expired_is_not_applied(system: Governed) -> None:

@@ -84,7 +84,7 @@ def test_the_evidence_of_phase_2(phase2: Phase2) -> None:
 
     found = json.loads((place / "evidence.json").read_text())
     assert (found["format_version"], found["outcome"], found["failure"], found["problems"]) == (
-        "1.1",
+        "1.2",
         "applied",
         None,
         [],

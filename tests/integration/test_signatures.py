@@ -194,13 +194,13 @@ def test_whoever_made_the_plan_does_not_approve_it(db: Database, tmp_path: Path)
     signed.apply()
 
 
-def test_an_edited_author_is_no_author(db: Database, tmp_path: Path) -> None:
+def test_an_edited_author_is_refused(db: Database, tmp_path: Path) -> None:
     signed = Signed(db, tmp_path, required=1)
     signed.plan("--key", signed.people["author"].key, "--as", "author")
     plan, _ = planning.load(signed.system.plan_file)
     planning.write(signed.system.plan_file, plan.model_copy(update={"author": "reviewer"}).dump())
     signed.approve("reviewer")
-    signed.apply()  # unverified: nobody is excluded, and the report says so
+    assert "The plan says that reviewer made it, but its signature does not fit what was signed" in signed.apply(code=4)
 
 
 @pytest.mark.parametrize(
