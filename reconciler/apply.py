@@ -489,7 +489,9 @@ def _still(conn: pg.Connection, run: _Run, found: Live, xid: str) -> None:
         conn,
         """
         SELECT pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text AS xid,
-               (SELECT pg_catalog.count(*) FROM pg_catalog.pg_cursors WHERE is_holdable) AS cursors
+               -- An older one is somebody else's, whose session we have from a pooler, and has run already.
+               (SELECT pg_catalog.count(*) FROM pg_catalog.pg_cursors
+                 WHERE is_holdable AND creation_time >= pg_catalog.transaction_timestamp()) AS cursors
         """,
     )[0]
     if left["xid"] != xid:

@@ -152,7 +152,7 @@ def _dump(conn: pg.Connection, task: Task, tools: programs.Tools, file: Path) ->
     for attempt in range(task.policy.lock_retries + 1):
         if attempt:
             task.progress("backup", f"somebody holds a table that pg_dump must read; attempt {attempt + 1}")
-        done = programs.client(tools, "pg_dump", options, task.dsn, waiting=_watch(task, "dumping", file))
+        done = scratch.dump(conn, tools, options, task.dsn, waiting=_watch(task, "dumping", file))
         if not done.code:
             return
         why = _why("pg_dump", done)

@@ -32,6 +32,8 @@ NEWEST_TESTED_MAJOR = 18
 # Text forms of values must not depend on who connects from where: digests are made of them.
 # search_path is empty so that every name in catalog output comes out qualified and no temporary table can stand in.
 SESSION: tuple[LiteralString, ...] = (
+    # Behind a pooler the session may be one in which somebody else of the same login has left another role.
+    "SET LOCAL role TO DEFAULT",
     "SET LOCAL search_path = ''",
     "SET LOCAL row_security = off",
     # The verdict on a declared query was made for strings read this way.
@@ -340,6 +342,30 @@ def translated(error: psycopg.Error, doing: str = "", *, quiet: bool = False) ->
             hint="Nothing was changed. Run the command again when the server is back.",
         )
     return ServerProblem(message, hint="" if quiet else error.diag.message_hint or "", details=details)
+
+
+SPARE = 5.0
+"""Seconds for a pooler to find a session that nobody uses."""
+
+
+def shared(conn: Connection, dsn: str | None) -> bool:
+    """Is what another program sets in its session left to others: a pooler in transaction mode, or one without a spare?
+
+    A pooler gives its clients numbers of its own for their processes. In transaction mode one session of the server
+    serves two clients in turn, or one client is served by two; in session mode neither.
+    """
+    query = "SELECT pg_catalog.pg_backend_pid() AS pid"
+    if rows(conn, query)[0]["pid"] == conn.info.backend_pid:
+        return False
+    try:
+        with connect(dsn, "backup") as one, connect(dsn, "backup") as two:
+            seen: dict[Connection, set[int]] = {one: set(), two: set()}
+            for client in (one, one, two, two, one):
+                with within(client, lost(SPARE)):
+                    seen[client].add(rows(client, query)[0]["pid"])
+    except ReconcilerError:
+        return True
+    return len(seen[one] | seen[two]) != 2 or len(seen[one]) != 1
 
 
 def identify(conn: Connection) -> Target:

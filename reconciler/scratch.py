@@ -20,8 +20,8 @@ from reconciler.model import Absent
 from reconciler.parts import identifier, relation
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
-    from typing import Any
+    from collections.abc import Callable, Generator, Mapping, Sequence
+    from typing import IO, Any
 
     from reconciler.model import Address, Desired, Json
 
@@ -82,11 +82,32 @@ def copy_schema(
     options = ["--schema-only", "--exclude-schema=reconciler", "--no-publications", "--no-subscriptions", *without]
     with tempfile.TemporaryFile() as file:
         seen = [f"--snapshot={snapshot}"] if snapshot else []
-        _completed("pg_dump", programs.client(tools, "pg_dump", [*options, *seen], dsn, into=file))
+        _completed("pg_dump", dump(conn, tools, [*options, *seen], dsn, into=file))
         file.seek(0)
         text = file.read().decode()
         newer = "SET transaction_timeout = 0;\n" if copy.info.server_version < 170_000 else ""
         execute(tools, text.replace(newer, "", 1) if newer else text, scratch)
+
+
+def dump(  # noqa: PLR0913 - as `programs.client`
+    conn: pg.Connection,
+    tools: programs.Tools,
+    options: Sequence[str | Path],
+    dsn: str | None,
+    *,
+    into: IO[bytes] | None = None,
+    waiting: Callable[[float], None] | None = None,
+) -> programs.Done:
+    """Run pg_dump on the database that `conn` is open to. Raises ServerProblem, and what `programs.client` raises.
+
+    What it sets in its session (an empty search_path, for one) it leaves there.
+    """
+    if pg.shared(conn, dsn):
+        raise ServerProblem(
+            "pg_dump needs a session of its own, and by this pooler the application would have it next.",
+            hint="Nothing was changed. Name the server itself with --dsn, or a pool in session mode.",
+        )
+    return programs.client(tools, "pg_dump", options, dsn, into=into, waiting=waiting)
 
 
 def execute(tools: programs.Tools, text: str, scratch: str) -> None:

@@ -20,7 +20,7 @@ from reconciler.errors import AnotherApply, Locked, ReconcilerError, ServerProbl
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
-MARGIN = 0.1
+MARGIN = 0.2
 """Part of deadlock_timeout that is left between the end of our wait and the moment another session looks for deadlocks:
 for what the network and a busy machine take.
 """

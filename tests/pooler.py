@@ -107,12 +107,10 @@ def running(home: Path, server: Server, roles: Sequence[str], settings: Mapping[
     place = home / "pooler"
     account.own(place)
     copied = _copy(found, home)
-    sockets = Path(tempfile.mkdtemp(prefix="pooler-"))  # a socket's name must be short
-    os.chown(sockets, account.uid, account.gid)
-    sockets.chmod(0o711)
     lines = {
         "listen_port": str(PORT),
-        "unix_socket_dir": str(sockets),
+        "unix_socket_dir": str(place),
+        "pidfile": str(place / "pid"),  # for the guard of the run
         "auth_type": "trust",
         "auth_file": str(place / "users.txt"),
         "logfile": str(place / "log"),
@@ -139,7 +137,7 @@ def running(home: Path, server: Server, roles: Sequence[str], settings: Mapping[
         extra_groups=[] if other else None,
         start_new_session=True,  # Ctrl-C in the terminal is not for it
     )
-    pooler = Pooler(str(sockets), PORT, process)
+    pooler = Pooler(str(place), PORT, process)
     try:
         _wait(pooler, place / "log")
         yield pooler
@@ -147,7 +145,6 @@ def running(home: Path, server: Server, roles: Sequence[str], settings: Mapping[
         if process.poll() is None:
             process.kill()
         process.wait()
-        shutil.rmtree(sockets)
         shutil.rmtree(home)
 
 

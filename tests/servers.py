@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -257,6 +257,9 @@ def hold(run: Path) -> None:
     while run.exists() and time.monotonic() < deadline:
         for data in run.glob("*/data"):
             sandbox.Cluster(data.parent, data).stop(signal.SIGQUIT)
+        for pid in run.glob("*/pooler/pid"):
+            with suppress(OSError, ValueError):
+                os.kill(int(pid.read_text()), signal.SIGKILL)
         # A second round is needed only when a worker was killed while it was starting a server.
         shutil.rmtree(run, ignore_errors=True)
 

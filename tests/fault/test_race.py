@@ -161,7 +161,7 @@ def crossed(duel: Duel, name: str) -> Round:
     def late(self: Waits, conn: pg.Connection, **options: Any) -> None:
         if duel.doing == CROSSWISE[name]:
             duel.let(1)
-            time.sleep(0.12)
+            time.sleep(0.4)
         ready(self, conn, **options)
 
     never = Point("never", 0)

@@ -24,6 +24,7 @@ from reconciler import apply as applying
 from reconciler import backup, desired, image, pg, programs, sandbox
 from reconciler.errors import BackupFailed, InputError, MissingProgram, SandboxError
 from reconciler.model import Outcome
+from tests import pooler
 from tests.integration import governed
 from tests.integration.governed import command, shop, silent
 from tests.servers import PROJECT
@@ -903,3 +904,34 @@ def test_an_outcome_without_backups_is_still_read(run: Callable[..., Run]) -> No
     fields = {name: value for name, value in found.items() if name in Outcome.model_fields and name != "backups"}
     assert Outcome.model_validate_json(json.dumps(fields)).backups == ()
     assert "None: the policy asks for none." in (one.place / "report.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- through a pooler
+
+
+@pytest.mark.parametrize(("mode", "code"), [("session", 0), ("transaction", 1)])
+def test_pg_dump_leaves_nothing_in_a_session_of_the_application(
+    run: Callable[..., Run], run_directory: Path, mode: str, code: int
+) -> None:
+    one = run("full")
+    home = run_directory / f"{one.db.name}_pooler"
+    with pooler.running(home, one.db.server, ["postgres"], {"pool_mode": mode}) as pooled:
+        dsn = pooled.dsn(one.db.name)
+        done = one.apply(code, dsn=dsn)
+        assert ("pg_dump needs a session of its own" in done.stderr) is bool(code)
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            left = conn.execute(
+                "SELECT current_setting('search_path'), count(*) FROM pg_prepared_statements"
+            ).fetchall()
+        assert left == [('"$user", public', 0)]
+
+
+def test_a_pool_without_a_spare_session_is_not_waited_for(
+    run: Callable[..., Run], run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pg, "SPARE", 0.5)
+    one = run("full")
+    home = run_directory / f"{one.db.name}_pooler"
+    settings = {"pool_mode": "transaction", "default_pool_size": "1"}
+    with pooler.running(home, one.db.server, ["postgres"], settings) as pooled:
+        assert "pg_dump needs a session of its own" in one.apply(1, dsn=pooled.dsn(one.db.name)).stderr
