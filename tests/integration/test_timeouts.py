@@ -122,8 +122,8 @@ def test_behind_a_long_transaction(db: Database, tmp_path: Path, statement: str,
     before = image(db)
     with holding(system, statement) as conn:
         done, seconds = apply_as(system, role, "--evidence", tmp_path / "run")
-        # Twice 800 ms and the pause between them; the rest is the machine's.
-        assert 1.6 <= seconds < 10
+        # Twice 800 ms, less the margin of who looks, and a pause; the rest is the machine's.
+        assert 1.2 <= seconds < 10
         assert (done.returncode, done.stdout) == (4, "")
         (said,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
         assert f"{address}: " in said
