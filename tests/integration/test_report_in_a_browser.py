@@ -86,5 +86,6 @@ def test_the_browser_would_tell(tmp_path: Path, page: Page) -> None:
     page.look(**LOOKS["light"])
     page.open(loud)
     assert page.asked == ["https://example.org/x.png"]
-    assert page.said[0] == "['here']"
+    # What the page says itself and what the browser says of the address come in an order of their own.
+    assert "['here']" in page.said
     assert any("undefined_name" in line for line in page.said)
