@@ -19,6 +19,7 @@ from reconciler import (
     live,
     locks,
     pg,
+    rehome,
     settle,
     setup,
 )
@@ -69,9 +70,6 @@ if TYPE_CHECKING:
 TAKEN = frozenset({"23505", "42710", "42723", "42P06", "42P07"})
 """What PostgreSQL says when something is there already: a key, an object, a function, a schema, a table."""
 
-
-BELT = 5_000
-"""Milliseconds after max_duration at which the server ends by itself what we should have ended."""
 
 COMMITTING = 10.0
 """Seconds that the answer to COMMIT may take at least, also when max_duration is nearly over."""
@@ -127,10 +125,12 @@ def apply(request: Request, progress: Progress) -> Outcome:
             )
             record.begun = True
             _transaction(conn, run)
-    problems = [
-        *_whatever_happens("not backed up after the apply", lambda: _back_up_after(request, desired, policy, record)),
-        *_whatever_happens("not planned again", lambda: _plan_again(request, desired, record)),
-    ]
+    problems: list[str] = []
+    if not rehome.is_one(request.plan):
+        problems += _whatever_happens(
+            "not backed up after the apply", lambda: _back_up_after(request, desired, policy, record)
+        )
+        problems += _whatever_happens("not planned again", lambda: _plan_again(request, desired, record))
     record.end()
     return record.outcome(request, "applied", problems)
 
@@ -147,7 +147,8 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired, record: 
         last = ledger.last(conn, desired.name)
         if not last.readable:
             raise MissingPrivilege(last.findings[0].message)
-        ledger.check_named(desired, last)
+        if not rehome.is_one(plan):
+            ledger.check_named(desired, last, target)
         if stamp(_server_time(conn)) >= plan.expires_at:
             raise NotApproved(f"The plan expired at {plan.expires_at}.", hint="Make it again and read it again.")
         if last.exists:
@@ -173,7 +174,7 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired, record: 
         if request.rehearsal is not None:
             carried.same_schema(conn, request.rehearsal)
         policy = last.policy or desired.policy
-        if policy.apply.backup != "none":
+        if policy.apply.backup != "none" and not rehome.is_one(plan):
             # In this snapshot: then the backup holds what was approved as it is changed, and a policy that nobody saw
             # runs no command.
             _as_approved(plan, survey(conn, desired), _server_time(conn))
@@ -213,6 +214,7 @@ def _court(conn: pg.Connection, plan: Plan, last: ledger.Last, desired: Desired)
         used=last.used,
         now=now,
         author=approve.author(plan, allowed, now),
+        rehomed_at=last.rehomed_at,
     )
 
 
@@ -228,16 +230,7 @@ def _transaction(conn: pg.Connection, run: _Run) -> None:
     record = run.progress
     try:
         with run.waits.named(), pg.within(conn, pg.Limit(run.deadline, lambda: _too_late(run))):
-            before = locks.take(conn, _task(run), lambda xid: _unchanged(conn, run, xid))
-            record.found = before.survey
-            memos = live.remember(conn, Asked(run.desired, before.survey.last.allow_functions))
-            seen = bystanders.look(conn, run.desired)
-            _execute(conn, run)
-            run.waits.ready(conn)
-            verdicts, found = _look_again(conn, run, memos, seen, before.approvals)
-            record.found = replace(before.survey, live=found)
-            record.entry = _record(conn, run, before, found, verdicts)
-            _still(conn, run, found, before.xid)
+            xid = _rehome(conn, run) if rehome.is_one(run.request.plan) else _change(conn, run)
         record.finished_at = stamp(_server_time(conn))
     except BaseException:
         pg.roll_back(conn)
@@ -247,7 +240,64 @@ def _transaction(conn: pg.Connection, run: _Run) -> None:
     record("commit")
     # Whoever waits for COMMIT cannot take it back: when there is no answer, the ledger is asked what became of it.
     with pg.within(conn, pg.lost(max(run.deadline - time.monotonic(), COMMITTING))):
-        settle.commit(conn, _case(run, before.xid), record)
+        settle.commit(conn, _case(run, xid), record)
+
+
+def _change(conn: pg.Connection, run: _Run) -> str:
+    """Lock, read again, execute, verify, record: everything but COMMIT. Returns the transaction id."""
+    record = run.progress
+    before = locks.take(conn, _task(run), lambda xid: _unchanged(conn, run, xid))
+    record.found = before.survey
+    memos = live.remember(conn, Asked(run.desired, before.survey.last.allow_functions))
+    seen = bystanders.look(conn, run.desired)
+    _execute(conn, run)
+    run.waits.ready(conn)
+    verdicts, found = _look_again(conn, run, memos, seen, before.approvals)
+    record.found = replace(before.survey, live=found)
+    record.entry = _record(conn, run, before, found, verdicts)
+    _still(conn, run, found, before.xid)
+    return before.xid
+
+
+def _rehome(conn: pg.Connection, run: _Run) -> str:
+    """The ledger's next entry says where it is now; nothing else is written or judged. Returns the transaction id."""
+    plan = run.request.plan
+
+    def confirm(xid: str) -> str:
+        now = _server_time(conn)
+        run.progress.transaction_id, run.progress.started_at = xid, stamp(now)
+        run.progress("read", "the ledger again, under its lock")
+        again, last = rehome.plan(conn, run.desired, now)
+        same_target(plan.target, again.target)
+        if again.effect_digest != plan.effect_digest:
+            raise Stale(
+                "The plan is stale: the ledger is not what it was when this was approved.",
+                hint="Nothing was changed. Make it again with `reconciler rehome`, read it, approve it.",
+            )
+        counted = approve.verify(
+            run.request.approvals,
+            _court(conn, plan, last, run.desired),
+            effect_digest=again.effect_digest,
+            hazards=again.hazards,
+            attestations=(),
+        )
+        run.progress("record")
+        body = last.body.model_copy(
+            update={
+                "run_id": run.run_id,
+                "recorded_at": stamp(now),
+                "target": again.target,
+                "plan": again.dump(),
+                "approvals": tuple(counted),
+                "checks": (),
+                "transaction_id": xid,
+                "rehomed_at": stamp(now),
+            }
+        )
+        run.progress.entry = ledger.append(conn, run.desired.name, last, body)
+        return xid
+
+    return locks.take(conn, _task(run), confirm)
 
 
 def _task(run: _Run) -> locks.Task:
@@ -290,7 +340,6 @@ def _unchanged(conn: pg.Connection, run: _Run, xid: str) -> _Confirmed:
     """Under the locks: read everything again, plan again, and go on only with the digest that was approved."""
     run.progress.transaction_id, run.progress.started_at = xid, stamp(_server_time(conn))
     run.progress("read", "planning again under the locks")
-    pg.end_by(conn, int(_in_time(run) * 1000) + BELT)
     found = survey(conn, run.desired)
     plan = run.request.plan
     same_target(plan.target, found.target)
@@ -365,7 +414,7 @@ def _execute(conn: pg.Connection, run: _Run) -> None:
             number += 1
             run.progress("execute", change.address, number, total)
             # The server's own limit comes last, so that it is we who say why.
-            remaining = int(_in_time(run) * 1000) + BELT
+            remaining = int(_in_time(run) * 1000) + locks.BELT
             pg.timeout(conn, min(milliseconds(run.policy.apply.statement_timeout), remaining))
             run.waits.ready(conn)
             begun = time.monotonic()
@@ -478,6 +527,7 @@ def _record(conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, ver
         manifest=manifest(run.desired, found),
         checks=tuple(verdicts),
         transaction_id=before.xid,
+        rehomed_at=before.survey.last.rehomed_at,
     )
     return ledger.append(conn, run.desired.name, before.survey.last, body)
 

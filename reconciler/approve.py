@@ -214,6 +214,7 @@ class Court:
     """By what approvals are judged: the installed policy and list, who made the plan, what was used before, the time.
 
     allowed: the text of an allowed_signers file. used: approval ids that the ledger knows. now: the server's time.
+    rehomed_at: when the ledger last got another home.
     """
 
     policy: Policy
@@ -221,6 +222,7 @@ class Court:
     used: Collection[str]
     now: datetime
     author: signatures.Signer | None = None
+    rehomed_at: str | None = None
 
 
 def verify(
@@ -307,6 +309,10 @@ def _wrong(
         (
             moment < _earliest(approval),
             f"was issued at {approval.issued_at}, which is in the future of the server's clock",
+        ),
+        (
+            approval.issued_at <= (court.rehomed_at or ""),
+            f"was issued at {approval.issued_at}, before the ledger was rehomed at {court.rehomed_at}, which voids it",
         ),
         (bool(unaccepted), f"does not accept {', '.join(unaccepted)}"),
         (bool(unattested), f"does not attest {', '.join(unattested)}"),

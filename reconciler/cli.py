@@ -686,9 +686,8 @@ def revert(ctx: click.Context, /, entry: str, **given: Any) -> None:  # noqa: AN
     with pg.connect(given["dsn"], "revert") as conn:
         pg.check_version(conn, allow_untested=given["allow_untested_server"])
         with pg.snapshot(conn):
-            live.identify(conn, files)
             last = ledger.last(conn, files.name)
-            ledger.check_named(files, last)
+            ledger.check_named(files, last, live.identify(conn, files))
             undone = ledger.numbered(conn, files.name, number)
             if undone is None or last.entry is None:
                 known = f"they go from 1 to {last.entry.number}" if last.entry else "there are none"
@@ -698,6 +697,38 @@ def revert(ctx: click.Context, /, entry: str, **given: Any) -> None:  # noqa: AN
             found = survey(conn, wanted)
             moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
             made = obstacles.shown(conn, wanted, found.plan(datetime.now(UTC), moved.drift))
+    if given["form"] == "text":
+        click.echo(text.plan(made, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
+    else:
+        _document(made, given["form"], "plan")
+    _save(made, given["out"])
+
+
+@cli.command()
+@_state_option
+@_target_option
+@_server_options
+@_report_options
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Where to save the plan.")
+def rehome(**given: Any) -> None:  # noqa: ANN401 - as plan
+    """Make the plan that says where the ledger is now: after a clone, an upgrade or a restore.
+
+    Approve and apply it like any other. It changes nothing but the ledger, and voids every approval issued before it.
+
+    \b
+    Examples:
+      reconciler rehome -t staging --out rehome.plan --dsn postgresql://operator@staging/app
+      reconciler rehome -t production --out rehome.plan --format json
+    """
+    from reconciler import desired, pg
+    from reconciler import rehome as rehoming
+    from reconciler.render import text
+
+    files = desired.load(given["state"], given["target"])
+    with pg.connect(given["dsn"], "rehome") as conn:
+        pg.check_version(conn, allow_untested=given["allow_untested_server"])
+        with pg.snapshot(conn):
+            made, _ = rehoming.plan(conn, files, datetime.now(UTC))
     if given["form"] == "text":
         click.echo(text.plan(made, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
     else:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from reconciler import pg, setup
 from reconciler.errors import NotApproved, Refused
-from reconciler.model import Body, Desired, Entry, Finding, Json, Policy, canonical
+from reconciler.model import Body, Desired, Entry, Finding, Json, Policy, Target, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +42,23 @@ class Last:
     def policy(self) -> Policy | None:
         """The installed policy."""
         return Policy.model_validate_json(canonical(self.entry.body["policy"])) if self.entry else None
+
+    @property
+    def body(self) -> Body:
+        """What the last entry says. Raises Refused where there is none."""
+        if self.entry is None:
+            raise Refused("There is no ledger entry of this name.")
+        return Body.model_validate_json(canonical(self.entry.body))
+
+    @property
+    def home(self) -> Target | None:
+        """Where the last entry was written."""
+        return Target.model_validate_json(canonical(self.entry.body["target"])) if self.entry else None
+
+    @property
+    def rehomed_at(self) -> str | None:
+        """When it last got another home: approvals that were issued before are void."""
+        return self.entry.body.get("rehomed_at") if self.entry else None
 
     @property
     def approvers(self) -> str:
@@ -254,17 +271,37 @@ def chained(previous: str, body: str) -> str:
     return hashlib.sha256((previous + body).encode()).hexdigest()
 
 
-def check_named(desired: Desired, found: Last) -> None:
+def check_named(desired: Desired, found: Last, target: Target) -> None:
     """Files that name a ledger which is missing or another one are refused, never taken for a first apply.
 
-    So is another target than the ledger's: a physical clone differs from its original in nothing but this name.
+    So is a ledger that was written somewhere else: a physical clone differs from its original in nothing but the name
+    of the target; after an upgrade or a restore it is another server. `rehome` says that this is meant.
     """
-    applied = found.entry.body["target"]["name"] if found.entry else desired.target
-    if applied != desired.target:
-        raise Refused(
-            f"This is target {desired.target}, but the ledger of {desired.name} here is that of target {applied}.",
-            hint="Check --target and --dsn.",
+    check_genesis(desired, found)
+    home = found.home
+    if home is None or lives(home) == lives(target):
+        return
+    if home.name != target.name:
+        message = f"This is target {target.name}, but the ledger of {desired.name} here is that of target {home.name}."
+    else:
+        message = (
+            f"The ledger of {desired.name} was written on database {home.database} of system {home.system_identifier},"
+            f" but this is database {target.database} of system {target.system_identifier}."
         )
+    raise Refused(
+        message,
+        hint="Check --target and --dsn. After a clone, an upgrade or a restore:"
+        f" reconciler rehome -t {target.name} --out FILE",
+    )
+
+
+def lives(target: Target) -> tuple[str, str, str]:
+    """What a home is known by: the name of the target, the database, the server's system identifier."""
+    return target.name, target.database, target.system_identifier
+
+
+def check_genesis(desired: Desired, found: Last) -> None:
+    """Is it the ledger that the files name, if they name one? Raises Refused."""
     if desired.ledger is None or not found.readable or desired.ledger == found.genesis:
         return
     what = f"begins with {found.genesis}" if found.genesis else "does not exist"

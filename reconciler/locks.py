@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 GONE = frozenset({"3F000", "42704", "42883", "42P01"})
 """What PostgreSQL says when something is not there: a schema, an object, a function, a table."""
 
+BELT = 5_000
+"""Milliseconds after max_duration at which the server ends by itself what we should have ended."""
+
 T = TypeVar("T")
 
 
@@ -80,6 +83,8 @@ def _lock(conn: pg.Connection, task: Task) -> str:
     policy, waits = task.policy, task.waits
     pg.run(conn, "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
     pg.settings(conn, milliseconds(policy.statement_timeout))
+    # Should the client hang while it waits for locks, the server ends it.
+    pg.end_by(conn, int(task.in_time() * 1000) + BELT)
     idle = sql.SQL("SET LOCAL idle_in_transaction_session_timeout = {}")
     pg.run(conn, idle.format(sql.Literal(milliseconds(policy.max_duration))))
     waits.begin(conn)

@@ -42,6 +42,7 @@ Hazard: TypeAlias = Literal[
     "grants_public",
     "moves_from_safe",
     "overwrites_drift",
+    "rehomes",
     "replaces_function",
     "retires",
     "security_definer",
@@ -653,6 +654,8 @@ class Body(Model):
     manifest: dict[Address, Governed]
     checks: tuple[Verdict, ...]
     transaction_id: str
+    rehomed_at: Moment | None = None
+    """When the ledger last got another home: approvals of before are void. None: it never did."""
 
 
 class Entry(Model):

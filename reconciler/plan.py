@@ -25,6 +25,7 @@ from reconciler.model import (
     Check,
     Desired,
     Drift,
+    Finding,
     GateStore,
     Json,
     Live,
@@ -66,10 +67,35 @@ def build(  # noqa: PLR0913 - these are the inputs of the flow, each once
     setup: what the tool needs for itself. last: the manifest last applied. drift: live against last applied.
     Raises Refused for changes that the live state does not allow.
     """
-    found = diff_changes(desired, live, last)
+    return assemble(
+        desired,
+        diff_changes(desired, live, last),
+        target=target,
+        setup=setup,
+        drift=drift,
+        findings=live.findings,
+        verdicts=verdicts,
+        not_compared=not_compared,
+        now=now,
+    )
+
+
+def assemble(  # noqa: PLR0913 - as build
+    desired: Desired,
+    found: Sequence[Change],
+    *,
+    target: Target,
+    setup: Sequence[Change],
+    now: datetime,
+    drift: Sequence[Drift] = (),
+    findings: Sequence[Finding] = (),
+    verdicts: Sequence[Verdict] = (),
+    not_compared: Sequence[NotCompared] = (),
+) -> Plan:
+    """The plan of these changes, with its digests."""
     declared = dump_desired(desired)
     effects = effects_digest(declared, setup, found)
-    summary = summarize(found, len(drift), len(live.findings))
+    summary = summarize(found, len(drift), len(findings))
     return Plan(
         outcome="violated" if blocking(verdicts) else "changes" if setup or found else "no_changes",
         tool=f"reconciler {__version__}",
@@ -78,9 +104,9 @@ def build(  # noqa: PLR0913 - these are the inputs of the flow, each once
         state=StateInfo(name=desired.name, release=desired.release, source_digest=desired.source_digest),
         target=target,
         setup=tuple(setup),
-        changes=found,
+        changes=tuple(found),
         drift=tuple(drift),
-        findings=live.findings,
+        findings=tuple(findings),
         invariants=of_kind(verdicts, "invariant"),
         proofs=of_kind(verdicts, "proof"),
         surface=of_kind(verdicts, "surface"),

@@ -128,7 +128,8 @@ def ask(conn: pg.Connection, case: Case) -> Entry | None:
     from the server's memory is handed out again, and then its status is another transaction's (measured). It says only
     whether the transaction is over. Raises OutcomeUnknown when it is not, or when this server cannot know.
     """
-    status = _status(conn, case.transaction_id)
+    with pg.within(conn, pg.lost(PATIENCE)):
+        status = _status(conn, case.transaction_id)
     # Everything from here on is seen by a snapshot that is later than the status.
     with pg.snapshot(conn):
         same_target(case.plan.target, live.identify(conn, case.desired))

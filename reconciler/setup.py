@@ -7,14 +7,14 @@ rule 8), so a rule, a check or a scope that says something else than the install
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from postgast import split
 
-from reconciler.model import Change, Desired, Hazard, Json, JsonObject, Statement
+from reconciler.model import Change, Desired, FieldChange, Hazard, Json, JsonObject, Statement, Target, canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 VERSION = 1
 """Of the ledger's own tables."""
@@ -37,6 +37,8 @@ def statements(change: Change) -> tuple[Statement, ...]:
 
 def hazards(change: Change) -> tuple[Hazard, ...]:
     """Whatever replaces something that is installed changes the policy, or who may approve."""
+    if change.kind == "home":
+        return ("rehomes",)
     if change.kind == "approvers":
         return ("changes_approvers",) if change.before is not None else ()
     return ("changes_policy",) if change.before is not None else ()
@@ -72,6 +74,15 @@ def changes(
             reason = "the first one" if old is None else f"the files say another {kind} than is installed"
             found.append(_change(address, kind, old, new, reason))
     return tuple(found)
+
+
+def home(name: str, before: Target, after: Target) -> Change:
+    """The ledger of this name gets another home, or is told again where it is."""
+    old, new = (
+        {"name": one.name, "database": one.database, "system": one.system_identifier} for one in (before, after)
+    )
+    reason = "the same home; approvals of before are void" if old == new else "the ledger is in another place"
+    return _change(f"home.{name}", "home", old, new, reason)
 
 
 def scope(desired: Desired) -> JsonObject:
@@ -122,6 +133,25 @@ def _meaning(part: JsonObject) -> JsonObject:
     return {key: value for key, value in part.items() if key not in WORDS}
 
 
+def _fields(before: JsonObject, after: JsonObject) -> tuple[FieldChange, ...]:
+    """Every value that differs, by its path. A first one is shown whole: it is approved like any other."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    return tuple(
+        FieldChange(name=name, before=old.get(name), after=new.get(name))
+        for name in sorted({*old, *new})
+        if canonical(old.get(name)) != canonical(new.get(name))
+    )
+
+
+def _leaves(thing: JsonObject, path: str = "") -> Iterator[tuple[str, Json]]:
+    """The values inside of mappings, each with its path; lists are values. What is empty says nothing."""
+    for name, value in thing.items():
+        if isinstance(value, dict):
+            yield from _leaves(cast("JsonObject", value), f"{path}{name}.")
+        elif value not in (None, "", [], ()):
+            yield f"{path}{name}", value
+
+
 def _change(address: str, kind: str, before: JsonObject | None, after: JsonObject, reason: str) -> Change:
     bare = Change(
         address=address,
@@ -129,6 +159,7 @@ def _change(address: str, kind: str, before: JsonObject | None, after: JsonObjec
         actions=("add",) if before is None else ("change",),
         before=before,
         after=after,
+        fields=_fields(before or {}, after) if kind != "ledger" else (),
         reason=reason,
     )
     return bare.model_copy(update={"statements": statements(bare), "hazards": hazards(bare)})

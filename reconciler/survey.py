@@ -50,7 +50,7 @@ def survey(conn: Connection, desired: Desired) -> Survey:
     """
     target = live.identify(conn, desired)
     last = ledger.last(conn, desired.name)
-    ledger.check_named(desired, last)
+    ledger.check_named(desired, last, target)
     if last.exists and last.readable:
         ledger.check_apart(conn, desired)
     whole = plan.with_forgotten(desired, last.manifest)

@@ -18,10 +18,11 @@ from reconciler import approve, signatures
 from reconciler.errors import NotApproved, PlanDamaged, ReconcilerError, UsageError
 from reconciler.evidence import DOCUMENT, SUMS
 from reconciler.evidence import load as load_evidence
-from reconciler.ledger import GENESIS, chained
+from reconciler.ledger import GENESIS, chained, lives
 from reconciler.model import FORMAT_VERSION, Body, Json, Model, Plan, canonical
 from reconciler.plan import load as load_plan
 from reconciler.plan import read, replace_file, serialize
+from reconciler.rehome import is_one
 from reconciler.trust import check_plan
 
 if TYPE_CHECKING:
@@ -174,12 +175,15 @@ def _entry(row: Row, body: Body, before: Body | None, position: int, used: set[s
     except (ValidationError, ReconcilerError) as error:
         yield f"its plan does not hold: {error.message if isinstance(error, ReconcilerError) else _first(error)}"
         return
+    if before is not None and lives(body.target) != lives(before.target) and not is_one(plan):
+        yield "it was written in another place than the entry before it, and no rehome says so"
     if before is None and position > 1:
         return  # under which policy nobody can say
     policy = body.policy if before is None else before.policy
     allowed = body.approvers if before is None else before.approvers
     moment = datetime.fromisoformat(body.recorded_at).astimezone(UTC)
-    court = approve.Court(policy, allowed, frozenset(used), moment, approve.author(plan, allowed, moment))
+    rehomed_at = None if before is None else before.rehomed_at
+    court = approve.Court(policy, allowed, frozenset(used), moment, approve.author(plan, allowed, moment), rehomed_at)
     try:
         approve.verify(
             body.approvals,

@@ -404,7 +404,7 @@ def _change(page: _Page, change: Change) -> None:
     if change.hazards:
         page.line(f"      hazards: {', '.join(change.hazards)}")
     for field in change.fields:
-        _field(page, field)
+        _field(page, field, first=change.actions == ("add",))
     for statement in change.statements:
         role = f"  -- as {statement.role}" if statement.role else ""
         lines = statement.text.strip().split("\n")
@@ -420,8 +420,15 @@ def _moved(page: _Page, item: Drift) -> None:
         _field(page, field)
 
 
-def _field(page: _Page, field: FieldChange) -> None:
+def _field(page: _Page, field: FieldChange, *, first: bool = False) -> None:
+    """One value before and after. first: there was no object, so what was before says nothing."""
     before, after = field.before, field.after
+    if first and isinstance(after, str) and "\n" in after:
+        page.line(f"      {field.name}:", *(f"        {line}" for line in after.splitlines()))
+        return
+    if first:
+        page.line(f"      {field.name}: {_value(after, 'nothing')}")
+        return
     if isinstance(before, str) and isinstance(after, str) and ("\n" in before or "\n" in after):
         page.line(f"      {field.name}:")
         for text in _unified(before, after):
