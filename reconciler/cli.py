@@ -937,18 +937,20 @@ def _chain(given: Mapping[str, Any]) -> tuple[str, Target, list[dict[str, Any]]]
 
 @cli.command()
 @click.option("--print-sql", is_flag=True, required=True, help="Print the SQL that creates the ledger.")
-def ledger(print_sql: bool) -> None:
-    """The ledger's own SQL, for a DBA who wants to create it beforehand.
+@click.option("--owner", metavar="ROLE", help="Give it to this role: best one that cannot log in, without members.")
+@click.option("--since", type=click.IntRange(0), default=0, help="Print what upgrades a ledger of this version.")
+def ledger(print_sql: bool, owner: str | None, since: int) -> None:
+    """The ledger's own SQL, for a DBA who wants to create or upgrade it beforehand.
 
     \b
     Examples:
-      reconciler ledger --print-sql
-      reconciler ledger --print-sql | psql "$RECONCILER_DSN"
+      reconciler ledger --print-sql --owner reconciler_ledger | psql -1 "$ADMIN_DSN"
+      reconciler ledger --print-sql --since 1 | psql -1 "$ADMIN_DSN"
     """
     from reconciler import setup
 
     del print_sql
-    click.echo(setup.source(), nl=False)
+    click.echo(setup.source(since, owner), nl=False)
 
 
 @cli.group()

@@ -26,7 +26,8 @@ GENESIS = "0" * 64
 class Last:
     """The ledger as one look found it. `entry` is None when this governance name was never applied here."""
 
-    exists: bool = False
+    version: int = 0
+    """Of the ledger's schema; 0 when there is none."""
     readable: bool = True
     role: str = ""
     entry: Entry | None = None
@@ -42,6 +43,11 @@ class Last:
     def policy(self) -> Policy | None:
         """The installed policy."""
         return Policy.model_validate_json(canonical(self.entry.body["policy"])) if self.entry else None
+
+    @property
+    def exists(self) -> bool:
+        """Is there a ledger, whoever may read it?"""
+        return self.version > 0
 
     @property
     def body(self) -> Body:
@@ -118,9 +124,9 @@ def last(conn: pg.Connection, name: str) -> Last:
     if not found:
         return Last()
     row = found[0]
-    check_shape(conn)
+    version = check_shape(conn)
     if not (row["usage"] and row["may_read"]):
-        return Last(exists=True, readable=False, role=row["role"])
+        return Last(version=version, readable=False, role=row["role"])
     entries = pg.rows(conn, _ENTRY + " WHERE name = %s ORDER BY number DESC LIMIT 1", (name,), "reading the ledger")
     chain = pg.rows(
         conn,
@@ -145,7 +151,7 @@ def last(conn: pg.Connection, name: str) -> Last:
             hint="Find out who changed reconciler.entry before anything is applied.",
         )
     return Last(
-        exists=True,
+        version=version,
         role=row["role"],
         entry=_entry(entries[0]) if entries else None,
         genesis=chain["genesis"],
@@ -235,19 +241,21 @@ def _entry(row: Mapping[str, Any]) -> Entry:
     )
 
 
-def check_shape(conn: pg.Connection, *, written_by_us: bool = False) -> None:
+def check_shape(conn: pg.Connection, *, written_by_us: bool = False) -> int:
     """Is schema reconciler the ledger that this program creates, with nothing added that could act on its own?
 
-    written_by_us: an apply is about to write to it, so it must also belong to somebody whose code this role may run: a
-    superuser, the owner of the database, or a role it is a member of. Raises Refused.
+    Returns its version. written_by_us: an apply is about to write to it, so it must also belong to somebody whose code
+    this role may run: a superuser, the owner of the database, a role it is a member of, or one that nobody can be,
+    because it cannot log in and only superusers are members. Raises Refused.
     """
     row = pg.rows(conn, _SHAPE, doing="looking at the ledger")[0]
+    version = next((number for number, fires in _FIRES.items() if row["triggers"] == _triggers(fires)), None)
     wrong = [
         sentence
         for is_wrong, sentence in (
             (row["columns"] != _COLUMNS, "its columns are not those of a ledger"),
             (row["constraints"] != _CONSTRAINTS, "its constraints are not those of a ledger"),
-            (row["triggers"] != _TRIGGERS, "its triggers are not those of a ledger"),
+            (version is None, "its triggers are not those of a ledger"),
             (row["source"] is None or row["source"] not in setup.source(), "its trigger function is not ours"),
             (bool(row["others"]), "it has rules, policies, child tables or indexes that compute something"),
             (row["logged"] is False, "it is unlogged, so a crash would empty it"),
@@ -262,8 +270,9 @@ def check_shape(conn: pg.Connection, *, written_by_us: bool = False) -> None:
         raise Refused(
             "Schema reconciler exists, but it is not the ledger of this program.",
             details=wrong,
-            hint="Find out who made it. Drop it, or have a DBA create it with `reconciler ledger --print-sql`.",
+            hint="Find out who made it: somebody else, or a newer reconciler. Where it is nobody's ledger, drop it.",
         )
+    return version or 0
 
 
 def chained(previous: str, body: str) -> str:
@@ -352,11 +361,17 @@ _CONSTRAINTS = [
     "entry_previous_check: CHECK ((previous ~ '^[0-9a-f]{64}$'::text))",
     "entry_run_id_key: UNIQUE (run_id)",
 ]
-_TRIGGERS = [
-    f"O CREATE TRIGGER entry_is_append_only_{name} BEFORE {events} ON reconciler.entry FOR EACH {name.upper()}"
-    " EXECUTE FUNCTION reconciler.entry_is_append_only()"
-    for name, events in (("row", "INSERT OR DELETE OR UPDATE"), ("statement", "TRUNCATE"))
-]
+_FIRES = {1: "O", 2: "A"}
+"""By the version of the ledger: when its triggers fire, as pg_trigger.tgenabled says it; `A` is always."""
+
+
+def _triggers(fires: str) -> list[str]:
+    return [
+        f"{fires} CREATE TRIGGER entry_is_append_only_{name} BEFORE {events} ON reconciler.entry"
+        f" FOR EACH {name.upper()} EXECUTE FUNCTION reconciler.entry_is_append_only()"
+        for name, events in (("row", "INSERT OR DELETE OR UPDATE"), ("statement", "TRUNCATE"))
+    ]
+
 
 _SHAPE = """
 SELECT (SELECT pg_catalog.array_agg(
@@ -385,6 +400,10 @@ SELECT (SELECT pg_catalog.array_agg(
            -- A superuser is a member of everything; that says nothing about whose code it should run.
            OR (SELECT NOT me.rolsuper FROM pg_catalog.pg_roles me WHERE me.rolname = current_user)
               AND pg_catalog.pg_has_role(o.oid, 'MEMBER')
+           OR NOT o.rolcanlogin
+              AND NOT EXISTS (SELECT FROM pg_catalog.pg_auth_members m
+                                JOIN pg_catalog.pg_roles r ON r.oid = m.member AND NOT r.rolsuper
+                               WHERE m.roleid = o.oid)
            OR o.oid = (SELECT d.datdba FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
            AS trusted
   FROM (SELECT 1) AS one

@@ -12,31 +12,51 @@ from typing import TYPE_CHECKING, cast
 from postgast import split
 
 from reconciler.model import Change, Desired, FieldChange, Hazard, Json, JsonObject, Statement, Target, canonical
+from reconciler.syntax import quote_ident
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-VERSION = 1
-"""Of the ledger's own tables."""
+FILES = ("ledger.sql", "ledger-2.sql")
+"""What makes each version of the ledger's own schema from the one before it; the first makes it from nothing."""
+
+VERSION = len(FILES)
+"""Of the ledger's own schema."""
 
 WORDS = ("reason",)
 """Keys of rules and checks that are for people: another wording is no other rule."""
 
 
-def source() -> str:
-    """The SQL that creates the ledger, as a DBA could run it beforehand."""
-    return files("reconciler").joinpath("ledger.sql").read_text("utf-8")
+def source(since: int = 0, owner: str | None = None) -> str:
+    """The SQL that makes the ledger of a version into the newest, as a DBA could run it beforehand.
+
+    since: the version that is there, 0 for none. owner: the role that it shall belong to, who runs it when None.
+    """
+    folder = files("reconciler")
+    parts = [folder.joinpath(name).read_text("utf-8") for name in FILES[since:]]
+    if owner is not None:
+        role = quote_ident(owner)
+        parts.append(
+            "-- Nobody should be able to log in as the owner, or be a member of it: an owner can switch triggers off.\n"
+            f"ALTER FUNCTION reconciler.entry_is_append_only() OWNER TO {role};\n"
+            f"ALTER TABLE reconciler.entry OWNER TO {role};\n"
+            f"ALTER SCHEMA reconciler OWNER TO {role};\n"
+        )
+    return "\n".join(parts)
 
 
 def statements(change: Change) -> tuple[Statement, ...]:
-    """What a setup change executes: the ledger's own SQL to create it, nothing for everything else."""
-    if change.kind == "ledger" and change.before is None:
-        return tuple(Statement(text=text) for text in split(source()))
+    """What a setup change executes: the ledger's own SQL to create or upgrade it, nothing for everything else."""
+    if change.kind == "ledger":
+        since = 0 if change.before is None else int(change.before["version"])
+        return tuple(Statement(text=text) for text in split(source(since)))
     return ()
 
 
 def hazards(change: Change) -> tuple[Hazard, ...]:
     """Whatever replaces something that is installed changes the policy, or who may approve."""
+    if change.kind == "ledger":
+        return ()
     if change.kind == "home":
         return ("rehomes",)
     if change.kind == "approvers":
@@ -45,12 +65,18 @@ def hazards(change: Change) -> tuple[Hazard, ...]:
 
 
 def changes(
-    desired: Desired, *, exists: bool, readable: bool, installed: Mapping[str, Json] | None
+    desired: Desired, *, version: int, readable: bool, installed: Mapping[str, Json] | None
 ) -> tuple[Change, ...]:
-    """What an apply would install. installed: the last entry's body, None when this name was never applied here."""
+    """What an apply would install.
+
+    version: of the ledger's schema, 0 when there is none. installed: the last entry's body, None when this name was
+    never applied here.
+    """
     found: list[Change] = []
-    if not exists:
-        found.append(_change("ledger.reconciler", "ledger", None, {"version": VERSION}, "the first apply creates it"))
+    if version < VERSION:
+        before = {"version": version} if version else None
+        reason = "an earlier version made it" if version else "the first apply creates it"
+        found.append(_change("ledger.reconciler", "ledger", before, {"version": VERSION}, reason))
     if not readable:
         return tuple(found)
     before = installed or {}

@@ -62,7 +62,7 @@ def survey(conn: Connection, desired: Desired) -> Survey:
         target=target,
         last=last,
         live=found,
-        setup=setup.changes(desired, exists=last.exists, readable=last.readable, installed=last.installed),
+        setup=setup.changes(desired, version=last.version, readable=last.readable, installed=last.installed),
         verdicts=tolerated(live.judge(conn, Asked(whole, last.allow_functions)), policy),
         not_compared=live.not_compared(conn, desired),
     )

@@ -67,7 +67,9 @@ RESET = """
 BEGIN;
 SET LOCAL session_replication_role = replica;
 SET LOCAL client_min_messages = error;
+ALTER TABLE reconciler.entry DISABLE TRIGGER ALL;
 DELETE FROM reconciler.entry WHERE number > 1;
+{triggers_on};
 CREATE SCHEMA IF NOT EXISTS spare;
 {tables}
 DELETE FROM app.settings;
@@ -505,7 +507,7 @@ def _filled(system: governed.Governed, statement: str) -> str:
         FUNCTION.format(name=GRANTED, answer=2) + OWNED.format(name=GRANTED, comment="Another."),
         FUNCTION.format(name="app.other()", answer=5),
     ]
-    parts = {"tables": TABLES, "functions": "".join(functions)}
+    parts = {"tables": TABLES, "functions": "".join(functions), "triggers_on": governed.TRIGGERS_ON}
     for name, text in (*parts.items(), *system.names.items()):
         statement = statement.replace(f"{{{name}}}", text)
     return statement

@@ -10,7 +10,7 @@ import io
 import json
 import signal
 import subprocess
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from reconciler.model import digest
 from reconciler.survey import survey
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from reconciler.drift import DriftReport
@@ -77,6 +77,12 @@ ALTER FUNCTION app.fn_total() OWNER TO {owner};
 REVOKE ALL ON FUNCTION app.fn_total() FROM PUBLIC;
 COMMENT ON FUNCTION app.fn_total() IS 'Counts the settings.';
 """
+
+# As they were: a superuser who switched the triggers of the ledger off.
+TRIGGERS_ON = (
+    "ALTER TABLE reconciler.entry ENABLE ALWAYS TRIGGER entry_is_append_only_row,"
+    " ENABLE ALWAYS TRIGGER entry_is_append_only_statement"
+)
 
 # Every catalog of this database, to the row and its version; pg_statistic and the like are not written in tests.
 CATALOGS = """
@@ -210,7 +216,7 @@ class Governed:
     ) -> applying.Request:
         """What the operator asks for; a plan that sets the ledger up is a first apply."""
         given.setdefault("folder", self.root)
-        given.setdefault("initialize", any(change.kind == "ledger" for change in plan.setup))
+        given.setdefault("initialize", any(change.kind == "ledger" and change.before is None for change in plan.setup))
         chosen = [self.approve(plan)] if approvals is None else approvals
         return applying.Request(dsn=dsn or self.db.dsn, plan=plan, approvals=chosen, **given)
 
@@ -237,6 +243,15 @@ class Governed:
         """The stored value of a gate, None when there is no row."""
         found = self.db.execute("SELECT value FROM app.settings WHERE name = %s", [key])
         return found[0][0] if found else None
+
+    @contextmanager
+    def around_the_trigger(self) -> Iterator[None]:
+        """What a superuser can do: the ledger without its triggers, and afterwards with them as if nothing had been."""
+        self.sql("ALTER TABLE reconciler.entry DISABLE TRIGGER ALL")
+        try:
+            yield
+        finally:
+            self.sql(TRIGGERS_ON)
 
     def entries(self) -> int:
         """How many entries the ledger has; 0 when there is no ledger."""

@@ -756,7 +756,7 @@ def test_who_goes_around_the_ledger_is_noticed(system: Governed, statement: str)
         "ALTER TABLE reconciler.entry ADD CONSTRAINT entry_hash_check CHECK (hash = pg_catalog.encode("
         "pg_catalog.sha256(pg_catalog.convert_to(previous || body, 'UTF8')), 'hex')) NOT VALID",
         "UPDATE pg_constraint SET convalidated = true WHERE conname = 'entry_hash_check'",
-        "ALTER TABLE reconciler.entry ENABLE TRIGGER ALL",
+        governed.TRIGGERS_ON,
     )
     for command in ("plan", "drift"):
         done = governed.command(command, "-s", system.directory, dsn=system.db.dsn)

@@ -165,7 +165,7 @@ def test_a_plan_to_rehome_holds_nothing_else(system: Governed) -> None:
     """Its approval is for another home alone: what the ledger does not give again is refused."""
     plan, _ = planning.load(rehomed(system, "test"))
     declared = json.loads(json.dumps(plan.desired))
-    declared["policy"]["approval"]["required"] = 0 + 1
+    declared["policy"]["approval"]["required"] = 1
     declared["policy"]["apply"]["max_duration"] = "7d"
     effects = planning.effects_digest(declared, plan.setup, plan.changes)
     edited = plan.model_copy(

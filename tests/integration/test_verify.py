@@ -40,11 +40,6 @@ def verify(system: Governed, *more: str | Path) -> subprocess.CompletedProcess[s
     return command("verify", "-s", system.directory, *more, dsn=system.db.dsn)
 
 
-def around_the_trigger(system: Governed, *statements: str) -> None:
-    """What a superuser can do."""
-    system.sql("SET session_replication_role = replica", *statements, "SET session_replication_role = origin")
-
-
 @pytest.mark.smoke
 def test_history_and_an_intact_chain(system: Governed) -> None:
     found = command("history", "-s", system.directory, dsn=system.db.dsn)
@@ -66,9 +61,10 @@ def test_a_rewritten_row(system: Governed) -> None:
     new = hashlib.sha256(
         (system.db.execute("SELECT previous FROM reconciler.entry WHERE number = 2")[0][0] + forged).encode()
     )
-    system.db.execute("SET session_replication_role = replica")
-    system.db.execute("UPDATE reconciler.entry SET body = %s, hash = %s WHERE number = 2", [forged, new.hexdigest()])
-    system.db.execute("SET session_replication_role = origin")
+    with system.around_the_trigger():
+        system.db.execute(
+            "UPDATE reconciler.entry SET body = %s, hash = %s WHERE number = 2", [forged, new.hexdigest()]
+        )
     done = verify(system)
     assert done.returncode == 1
     assert "! entry 3: it does not follow the entry before it" in done.stdout
@@ -76,7 +72,8 @@ def test_a_rewritten_row(system: Governed) -> None:
 
 
 def test_a_removed_row(system: Governed) -> None:
-    around_the_trigger(system, "DELETE FROM reconciler.entry WHERE number = 2")
+    with system.around_the_trigger():
+        system.sql("DELETE FROM reconciler.entry WHERE number = 2")
     done = verify(system)
     assert done.returncode == 1
     assert "! entry 3: it is number 2 of the chain: entries are missing" in done.stdout
@@ -85,19 +82,18 @@ def test_a_removed_row(system: Governed) -> None:
 def recomputed(system: Governed, change: Callable[[dict[str, Any]], None]) -> None:
     """Rewrite entry 2 and everything after it, with right hashes."""
     previous = system.db.execute("SELECT previous FROM reconciler.entry WHERE number = 2")[0][0]
-    system.db.execute("SET session_replication_role = replica")
-    for number, text in system.db.execute("SELECT number, body FROM reconciler.entry WHERE number >= 2 ORDER BY 1"):
-        body = json.loads(text)
-        if number == 2:
-            change(body)
-        made = canonical(body).decode()
-        new = hashlib.sha256((previous + made).encode()).hexdigest()
-        system.db.execute(
-            "UPDATE reconciler.entry SET body = %s, previous = %s, hash = %s WHERE number = %s",
-            [made, previous, new, number],
-        )
-        previous = new
-    system.db.execute("SET session_replication_role = origin")
+    with system.around_the_trigger():
+        for number, text in system.db.execute("SELECT number, body FROM reconciler.entry WHERE number >= 2 ORDER BY 1"):
+            body = json.loads(text)
+            if number == 2:
+                change(body)
+            made = canonical(body).decode()
+            new = hashlib.sha256((previous + made).encode()).hexdigest()
+            system.db.execute(
+                "UPDATE reconciler.entry SET body = %s, previous = %s, hash = %s WHERE number = %s",
+                [made, previous, new, number],
+            )
+            previous = new
 
 
 def test_a_chain_that_was_written_anew_is_found_by_the_anchor(system: Governed, tmp_path: Path) -> None:
@@ -118,7 +114,8 @@ def test_a_chain_that_was_written_anew_is_found_by_the_anchor(system: Governed, 
 def test_a_chain_that_was_cut_is_found_by_the_anchor(system: Governed, tmp_path: Path) -> None:
     anchor = tmp_path / "ledger.anchor"
     command("history", "-s", system.directory, "--anchor", anchor, dsn=system.db.dsn)
-    around_the_trigger(system, "DELETE FROM reconciler.entry WHERE number = 3")
+    with system.around_the_trigger():
+        system.sql("DELETE FROM reconciler.entry WHERE number = 3")
     assert verify(system).returncode == 0
     done = verify(system, "--anchor", anchor)
     assert "! the anchor knows entry 3, which is missing: the chain was cut" in done.stdout
