@@ -324,6 +324,7 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
     type=click.Path(path_type=Path, file_okay=False),
     help="Directory for the evidence, new or empty; else <UTC time>-<run> below RECONCILER_EVIDENCE, else evidence/.",
 )
+@click.option("--key", type=click.Path(path_type=Path), help="The SSH key that signs for the evidence.")
 @click.pass_context
 def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
     """Apply an approved PLAN in one transaction, or change nothing.
@@ -332,7 +333,7 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
     Examples:
       reconciler apply phase2.plan --dsn postgresql://operator@db/app --initialize
       reconciler apply phase2.plan --approval a.approval.json --approval b.approval.json --evidence run-4711
-      reconciler apply phase2.plan --rehearsal phase2.rehearsal.json
+      reconciler apply phase2.plan --rehearsal phase2.rehearsal.json --key ~/.ssh/id_ed25519
     """
     from reconciler import apply as applying
     from reconciler import approve as approvals
@@ -376,6 +377,7 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
             for approval, path in itertools.zip_longest(loaded, files)
         ],
         plans.serialize(request.rehearsal.dump()) if request.rehearsal else None,
+        _signing(given["key"]),
     )
     record = applying.Record(_Progress(verbose=given["verbose"]))
     # A polite kill rolls back like Ctrl-C does; a kill -9 leaves it to the server.
@@ -411,6 +413,7 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
 @click.argument("run", metavar="EVIDENCE", type=click.Path(path_type=Path))
 @_server_options
 @_output_options
+@click.option("--key", type=click.Path(path_type=Path), help="The SSH key that signs for the evidence.")
 @click.pass_context
 def settle(ctx: click.Context, run: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
     """Find out what became of a run whose answer to COMMIT was lost (apply exited 5), and complete its EVIDENCE.
@@ -441,7 +444,7 @@ def settle(ctx: click.Context, run: Path, **given: Any) -> None:  # noqa: ANN401
             allow_untested=given["allow_untested_server"],
         )
         pages = {"report.md": markdown.evidence(kept), "report.html": html.evidence(kept)}
-        evidences.complete(place, kept, entry, pages)
+        evidences.complete(place, kept, entry, pages, _signing(given["key"]))
         click.echo(f"Evidence: {place}", err=True)
     else:
         click.echo("Nothing to settle: the evidence says what became of the run.", err=True)
@@ -463,23 +466,34 @@ class _Kept:
     plan_bytes: bytes
     approvals: list[tuple[str, bytes]]
     rehearsal: bytes | None
+    sign: Callable[[bytes], str] | None
 
     def write(self, done: Outcome, entry: Entry | None) -> list[str]:
         """Write the evidence; problems are returned, because after COMMIT nothing changes the outcome."""
         from reconciler import evidence as evidences
         from reconciler.render import html, markdown
 
+        problems: list[str] = []
         try:
             told = evidences.document(done, self.plan, self.checksum)
             pages = {"report.md": markdown.evidence(told), "report.html": html.evidence(told)}
-            made = evidences.files(
-                told,
-                plan=self.plan_bytes,
-                approvals=self.approvals,
-                entry=entry,
-                pages=pages,
-                rehearsal=self.rehearsal,
-            )
+
+            def files(sign: Callable[[bytes], str] | None) -> dict[str, bytes]:
+                return evidences.files(
+                    told,
+                    plan=self.plan_bytes,
+                    approvals=self.approvals,
+                    entry=entry,
+                    pages=pages,
+                    rehearsal=self.rehearsal,
+                    sign=sign,
+                )
+
+            try:
+                made = files(self.sign)
+            except ReconcilerError as error:
+                problems.append(f"the evidence is not signed: {error.message}")
+                made = files(None)
             self.folder.write(made)
         except KeyboardInterrupt:
             return [f"interrupted while evidence was written to {self.folder.path}"]
@@ -488,7 +502,19 @@ class _Kept:
         except Exception as error:  # noqa: BLE001 - the change stands, whatever goes wrong in telling it
             return [f"evidence could not be written to {self.folder.path}: {type(error).__name__}: {error}"]
         _aside(f"Evidence: {self.folder.path}")
-        return []
+        return problems
+
+
+def _signing(key: Path | None) -> Callable[[bytes], str] | None:
+    """What signs the statements of a run. A key that is not there stops an apply before it begins."""
+    if key is None:
+        return None
+    from reconciler import signatures
+    from reconciler.errors import UsageError
+
+    if not key.is_file():
+        raise UsageError(f"There is no key {key}.", hint="Name a private key, or a public one that the agent holds.")
+    return lambda message: signatures.sign(message, key, signatures.EVIDENCE)
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:

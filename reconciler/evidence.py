@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
+from reconciler import intoto
 from reconciler.errors import PlanDamaged, UsageError
 from reconciler.model import (
     Absent,
@@ -34,7 +35,7 @@ from reconciler.model import (
 from reconciler.plan import load_desired, read, replace_file, serialize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
 
@@ -172,12 +173,14 @@ def files(  # noqa: PLR0913 - what a folder consists of
     entry: Entry | None,
     pages: Mapping[str, str],
     rehearsal: bytes | None = None,
+    sign: Callable[[bytes], str] | None = None,
 ) -> dict[str, bytes]:
     """Every file of the folder by its name below it, SHA256SUMS last.
 
     plan, approvals: the files as they were given, byte for byte; the approvals with the name of the approver.
     entry: the ledger entry that was committed, None when none was. pages: name of a page -> its text. rehearsal: the
-    report that was carried in, as it was given.
+    report that was carried in, as it was given. sign: bytes -> an armoured SSHSIG; None leaves the statements out.
+    Raises what `sign` does.
     """
     made = {DOCUMENT: serialize(found.dump())}
     made |= {name: text.encode() for name, text in pages.items()}
@@ -194,8 +197,17 @@ def files(  # noqa: PLR0913 - what a folder consists of
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in made.items()}
     # Backups lie there already, and may be too large to be read once more.
     sums |= {one.file: one.sha256 for one in found.backups if one.file is not None and one.sha256 is not None}
-    made[SUMS] = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())).encode()
+    if sign is not None:
+        said = intoto.signed(intoto.statements(found, sums), sign)
+        made |= said
+        sums |= {name: hashlib.sha256(data).hexdigest() for name, data in said.items()}
+    made[SUMS] = listing(sums)
     return made
+
+
+def listing(sums: Mapping[str, str]) -> bytes:
+    """SHA256SUMS, as `sha256sum --check` reads it."""
+    return "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())).encode()
 
 
 def statements(found: Outcome) -> str:
@@ -275,11 +287,18 @@ class Folder:
             raise UsageError(f"The evidence in {self.path} is not complete: {error.strerror}.") from None
 
 
-def complete(path: Path, found: Evidence, entry: Entry | None, pages: Mapping[str, str]) -> None:
+def complete(
+    path: Path,
+    found: Evidence,
+    entry: Entry | None,
+    pages: Mapping[str, str],
+    sign: Callable[[bytes], str] | None = None,
+) -> None:
     """Replace what a folder says of a run whose outcome was unknown by what is known now.
 
-    entry, pages: as in `files`. Everything else in the folder stays as it is, and so does what the run itself said, as
-    evidence-unknown.json. The document is replaced last: until then the folder can be settled again. Raises UsageError.
+    entry, pages, sign: as in `files`; an unknown outcome has no statements yet. Everything else in the folder stays as
+    it is, and so does what the run itself said, as evidence-unknown.json. The document is replaced last: until then the
+    folder can be settled again. Raises UsageError.
     """
     made = {name: text.encode() for name, text in pages.items()}
     made["statements.sql"] = statements(found).encode()
@@ -291,7 +310,12 @@ def complete(path: Path, found: Evidence, entry: Entry | None, pages: Mapping[st
         listed = [line.split("  ", 1) for line in (path / SUMS).read_text().splitlines()]
         sums = {name: value for value, name in listed}
         sums |= {name: hashlib.sha256(data).hexdigest() for name, data in [*made.items(), (DOCUMENT, document)]}
-        made[SUMS] = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())).encode()
+        if sign is not None:
+            said = intoto.signed(intoto.statements(found, sums), sign)
+            (path / intoto.FOLDER).mkdir(mode=0o700, exist_ok=True)
+            made |= said
+            sums |= {name: hashlib.sha256(data).hexdigest() for name, data in said.items()}
+        made[SUMS] = listing(sums)
         made[DOCUMENT] = document
         for name, data in made.items():
             replace_file(path / name, data, private=True)

@@ -75,16 +75,33 @@ def judge(  # noqa: PLR0913, PLR0917 - what ssh-keygen is asked
         signers, made = Path(folder, "allowed_signers"), Path(folder, "signature")
         signers.write_text(allowed, "utf-8")
         made.write_text(signature, "utf-8")
-        # Without a letter for the zone the time is that of TZ; older versions of OpenSSH know no such letter.
-        at = f"verify-time={moment:%Y%m%d%H%M%S}"
         done = _run(
-            ["-Y", "verify", "-f", str(signers), "-I", principal, "-n", namespace, "-s", str(made), "-O", at], message
+            ["-Y", "verify", "-f", str(signers), "-I", principal, "-n", namespace, "-s", str(made), "-O", _at(moment)],
+            message,
         )
     words = done.stdout.decode(errors="replace")
     good = re.search(r'^Good "[^"]*" signature (?:for \S+ )?with \S+ key (SHA256:\S+)', words, re.MULTILINE)
     if done.returncode or good is None:
         raise BadSignature(_why(_said(done), principal, namespace))
     return Signer(principal, good[1])
+
+
+def judge_any(message: bytes, signature: str, allowed: str, namespace: str, moment: datetime) -> Signer:
+    """As `judge`, for a signature that does not say whose it is: any principal of the list may have made it."""
+    with tempfile.TemporaryDirectory(prefix="reconciler-") as folder:
+        signers, made = Path(folder, "allowed_signers"), Path(folder, "signature")
+        signers.write_text(allowed, "utf-8")
+        made.write_text(signature, "utf-8")
+        done = _run(["-Y", "find-principals", "-f", str(signers), "-s", str(made), "-O", _at(moment)], b"")
+    names = done.stdout.decode(errors="replace").split()
+    if done.returncode or not names:
+        raise BadSignature("is not by a key that the list knows at that time")
+    return judge(message, signature, allowed, names[0].split(",")[0], namespace, moment)
+
+
+def _at(moment: datetime) -> str:
+    # Without a letter for the zone the time is that of TZ; older versions of OpenSSH know no such letter.
+    return f"verify-time={moment:%Y%m%d%H%M%S}"
 
 
 def fingerprints(allowed: str) -> dict[str, list[str]]:

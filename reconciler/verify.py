@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from reconciler import approve, signatures
 from reconciler.errors import NotApproved, PlanDamaged, ReconcilerError, UsageError
-from reconciler.evidence import DOCUMENT, SUMS
+from reconciler.evidence import DOCUMENT, SUMS, listing
 from reconciler.evidence import load as load_evidence
+from reconciler.intoto import FOLDER, key_id, opened, pre_authentication, statements
 from reconciler.ledger import GENESIS, chained, lives
 from reconciler.model import FORMAT_VERSION, Body, Json, Model, Plan, canonical
 from reconciler.plan import load as load_plan
@@ -262,7 +263,7 @@ def _sums(path: Path) -> tuple[dict[str, str], list[str]]:
             problems.append(f"{name}: missing")
         elif _sha256(file) != value:
             problems.append(f"{name}: not what {SUMS} says")
-    if raw != "".join(f"{value}  {name}\n" for name, value in sorted(listed.items())).encode():
+    if raw != listing(listed):
         problems.append(f"{SUMS}: not in the form and order that reconciler writes")
     there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir() or file.is_symlink()}
     problems += [f"{name}: not in {SUMS}" for name in sorted(there - set(listed) - {SUMS})]
@@ -298,6 +299,7 @@ def _documents(path: Path, allowed: str | None, checked: list[str], listed: Mapp
         if yes.effect_digest != plan.effect_digest:
             yield f"the approval of {yes.approver} is for other effects"
     yield from _signed(allowed, approvals, checked)
+    yield from _stated(path, told, allowed, checked, listed)
     yield from _backups(told, listed, checked)
     if (path / "ledger-entry.json").is_file():
         checked.append("the ledger entry's hash")
@@ -321,6 +323,47 @@ def _signed(allowed: str | None, approvals: Sequence[Approval], checked: list[st
         except signatures.BadSignature as wrong:
             yield f"the approval of {yes.approver} {wrong}"
     checked.append(f"{len(signed)} signatures")
+
+
+def _stated(
+    path: Path, told: Evidence, allowed: str | None, checked: list[str], listed: Mapping[str, str]
+) -> Iterator[str]:
+    """The in-toto statements: those that the evidence gives, each signed, and no other."""
+    files = [name for name in listed if name.startswith(f"{FOLDER}/")]
+    there = {name.partition("/")[2].partition(".")[0]: name for name in files}
+    yield from (f"{name}: not of this run" for name in files if name not in there.values())
+    if not there:
+        if allowed is not None and told.outcome != "unknown":
+            yield "nobody signed for the run: it was applied without --key, or the statements were taken away"
+        return
+    try:
+        wanted = statements(told, {name: value for name, value in listed.items() if name not in files})
+    except (KeyError, ValueError):
+        yield "the folder does not have the files that its statements are about"
+        return
+    moment = datetime.fromisoformat(told.finished_at or told.planned_at).astimezone(UTC)
+    for step in sorted({*there, *wanted}):
+        if step not in wanted or step not in there:
+            yield there.get(step, f"{FOLDER}/{step}") + (": missing" if step in wanted else ": not of this run")
+            continue
+        try:
+            _statement(path / there[step], step, canonical(wanted[step]), allowed, moment)
+        except (OSError, ValueError) as wrong:
+            yield f"{there[step]}: {wrong}"
+        except signatures.BadSignature as wrong:
+            yield f"{there[step]}: its signature {wrong}"
+    checked.append(f"{len(wanted)} in-toto statements" + (", signatures included" if allowed is not None else ""))
+
+
+def _statement(file: Path, step: str, wanted: bytes, allowed: str | None, moment: datetime) -> None:
+    """Raises ValueError or BadSignature when the envelope does not say this, signed by a key of the list."""
+    payload, signature = opened(file.read_bytes())
+    if payload != wanted:
+        raise ValueError("says something else than the evidence")
+    if file.name != f"{step}.{key_id(signature)[:8]}.json":
+        raise ValueError("is not named by the key that signed it")
+    if allowed is not None:
+        signatures.judge_any(pre_authentication(payload), signature, allowed, signatures.EVIDENCE, moment)
 
 
 def _backups(told: Evidence, listed: Mapping[str, str], checked: list[str]) -> Iterator[str]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import shutil
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from reconciler.intoto import key_id, pre_authentication
 from reconciler.model import canonical
+from reconciler.signatures import EVIDENCE, sign
 from tests.integration.governed import Governed, command, shop
-from tests.integration.test_signatures import Signed
+from tests.integration.test_signatures import Signed, person
+from tests.servers import PROJECT
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
@@ -151,12 +156,15 @@ def test_a_signed_chain_that_was_written_anew_is_found_without_an_anchor(db: Dat
 
 @pytest.fixture
 def run(db: Database, tmp_path: Path) -> Path:
-    """The evidence of a signed apply."""
+    """The evidence of a signed apply, signed for by who applied it: a key of the list that may do nothing else."""
     signed = Signed(db, tmp_path)
+    hand = person(tmp_path, "hand")
+    listed = "".join(one.listed() for one in signed.people.values())
+    signed.list(listed + hand.listed('namespaces="reconciler-evidence"'))
     signed.plan()
     signed.approve("operator")
     signed.approve("reviewer")
-    signed.apply("--evidence", str(tmp_path / "run"))
+    signed.apply("--evidence", str(tmp_path / "run"), "--key", str(hand.key))
     return tmp_path / "run"
 
 
@@ -170,6 +178,7 @@ def judged(run: Path, code: int = 1) -> str:
 def test_an_intact_folder(run: Path) -> None:
     said = judged(run, code=0)
     assert "Looked at 2 signatures." in said
+    assert "Looked at 4 in-toto statements, signatures included." in said
     assert said.endswith("run: intact.\n")
     document = json.loads(command("verify", run, "--format", "json").stdout)
     assert document["problems"] == []
@@ -178,7 +187,7 @@ def test_an_intact_folder(run: Path) -> None:
 
 def test_every_changed_byte_is_named(run: Path) -> None:
     files = [path for path in sorted(run.rglob("*")) if path.is_file()]
-    assert len(files) >= 8
+    assert len(files) >= 12
     for path in files:
         data = path.read_bytes()
         for place in {0, len(data) // 2, len(data) - 1}:
@@ -207,6 +216,16 @@ def test_missing_added_and_reordered(run: Path) -> None:
     assert "! SHA256SUMS: not in the form and order that reconciler writes" in judged(run)
 
 
+def summed(run: Path) -> None:
+    """SHA256SUMS anew: whoever can edit a file can do that."""
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(run)}\n"
+        for path in sorted(run.rglob("*"), key=lambda one: str(one.relative_to(run)))
+        if path.is_file() and path.name != "SHA256SUMS"
+    ]
+    (run / "SHA256SUMS").write_text("".join(lines))
+
+
 def test_a_folder_with_new_sums(run: Path) -> None:
     """Whoever edits a file can write its sum as well: then it is the claims that do not hold."""
     approval = next((run / "approvals").iterdir())
@@ -214,14 +233,169 @@ def test_a_folder_with_new_sums(run: Path) -> None:
     from reconciler.plan import serialize
 
     approval.write_bytes(serialize({**document, "reason": "quite another one"}))
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(run)}\n"
-        for path in sorted(run.rglob("*"), key=lambda one: str(one.relative_to(run)))
-        if path.is_file() and path.name != "SHA256SUMS"
-    ]
-    (run / "SHA256SUMS").write_text("".join(lines))
+    summed(run)
     said = judged(run)
     assert "does not fit what was signed" in said
+
+
+def statement(run: Path, step: str) -> Path:
+    (found,) = (run / "statements").glob(f"{step}.*.json")
+    return found
+
+
+def test_what_the_statements_say(run: Path) -> None:
+    told = json.loads((run / "evidence.json").read_text())
+    payloads = {
+        path.name.partition(".")[0]: json.loads(base64.b64decode(json.loads(path.read_text())["payload"]))
+        for path in (run / "statements").iterdir()
+    }
+    assert {step: payload["predicateType"].rpartition("attestation/")[2] for step, payload in payloads.items()} == {
+        "human-review-1": "human-review/v0.1",
+        "human-review-2": "human-review/v0.1",
+        "test-result": "test-result/v0.1",
+        "deployment": "deployment/v1",
+    }
+    plan = {"name": "plan.json", "digest": {"sha256": hashlib.sha256((run / "plan.json").read_bytes()).hexdigest()}}
+    assert all(payload["_type"] == "https://in-toto.io/Statement/v1" for payload in payloads.values())
+    assert all(plan in payload["subject"] for payload in payloads.values())
+    tests = payloads["test-result"]
+    assert tests["predicate"] == {
+        "result": "PASSED",
+        "configuration": [plan],
+        "passedTests": ["invariant.no-blank-actor", "invariant.till-shut"],
+        "warnedTests": [],
+        "failedTests": [],
+    }
+    # The whole folder is its subject.
+    everything = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} - {"SHA256SUMS"}
+    named = {one["name"] for one in tests["subject"]}
+    assert named == {"effects"} | {name for name in everything if not name.startswith("statements/")}
+    assert payloads["deployment"]["predicate"]["creationTime"] == told["finished_at"]
+    assert payloads["deployment"]["predicate"]["scopes"]["urn:reconciler:database/v1"] == told["target"]["database"]
+
+
+def test_stock_tools_check_a_statement(run: Path, tmp_path: Path) -> None:
+    """As the README shows it."""
+    shown = (PROJECT / "README.md").read_text()
+    script = shown.partition("```sh\njq -r .payload")[2].partition("```")[0]
+    assert "ssh-keygen -Y verify" in script
+    for step in ("deployment", "test-result"):
+        file = statement(run, step)
+        words = f"jq -r .payload{script}".replace("statements/deployment.*.json", str(file))
+        words = words.replace("-f approvers", f"-f {run.parent / 'state' / 'approvers'}").replace(
+            "-I operator", "-I hand"
+        )
+        done = subprocess.run(["bash", "-ec", words], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert 'Good "reconciler-evidence" signature for hand' in done.stdout
+
+
+def test_a_report_that_was_edited_with_its_sum(run: Path) -> None:
+    """Nothing in the report is worked out again, but its bytes are what somebody signed for."""
+    report = run / "report.md"
+    report.write_text(report.read_text().replace("operator", "somebody"))
+    summed(run)
+    said = judged(run)
+    assert f"! {statement(run, 'test-result').relative_to(run)}: says something else than the evidence" in said
+
+
+@pytest.mark.parametrize("step", ["human-review-1", "human-review-2", "test-result", "deployment"])
+def test_a_statement_that_was_taken_away(run: Path, step: str) -> None:
+    statement(run, step).unlink()
+    summed(run)
+    assert f"! statements/{step}: missing" in judged(run)
+
+
+def test_all_statements_taken_away(run: Path) -> None:
+    shutil.rmtree(run / "statements")
+    summed(run)
+    assert "! nobody signed for the run" in judged(run)
+
+
+@pytest.mark.parametrize("edit", ["signature", "payload", "another key", "another step", "twice", "no envelope"])
+def test_a_forged_statement(run: Path, edit: str) -> None:
+    file = statement(run, "deployment")
+    envelope = json.loads(file.read_text())
+    said = {
+        "signature": "its signature does not fit what was signed",
+        "payload": "says something else than the evidence",
+        "another key": "its signature is not by a key that the list knows",
+        "another step": ": missing",
+        "twice": ": not of this run",
+        "no envelope": ": it is no envelope",
+    }[edit]
+    match edit:
+        case "signature":
+            envelope["signatures"] = json.loads(statement(run, "test-result").read_text())["signatures"]
+        case "payload":
+            payload = base64.b64decode(envelope["payload"]).replace(b"test", b"production")
+            envelope["payload"] = base64.b64encode(payload).decode()
+        case "another key":
+            stranger = person(run.parent, "stranger")
+            armoured = sign(pre_authentication(base64.b64decode(envelope["payload"])), stranger.key, EVIDENCE)
+            envelope["signatures"] = [{"keyid": key_id(armoured), "sig": base64.b64encode(armoured.encode()).decode()}]
+            file.unlink()
+            file = file.with_name(f"deployment.{key_id(armoured)[:8]}.json")
+        case "another step":
+            file.rename(file.with_name(file.name.replace("deployment", "retirement")))
+            file = file.with_name(file.name.replace("deployment", "retirement"))
+        case "twice":
+            file = file.with_name("deployment.00000000.json")
+        case _:
+            envelope = [envelope]
+    file.write_text(json.dumps(envelope))
+    summed(run)
+    assert said in judged(run)
+
+
+def test_an_approver_cannot_sign_for_the_run_with_a_key_for_approvals_only(db: Database, tmp_path: Path) -> None:
+    signed = Signed(db, tmp_path)
+    signed.list("".join(one.listed('namespaces="reconciler-approval"') for one in signed.people.values()))
+    signed.plan()
+    signed.approve("operator")
+    signed.approve("reviewer")
+    signed.apply("--evidence", str(tmp_path / "run"), "--key", str(signed.people["operator"].key))
+    assert "its signature was made for another purpose" in judged(tmp_path / "run")
+
+
+def test_a_failed_run_is_signed_for_too(db: Database, tmp_path: Path) -> None:
+    signed = Signed(db, tmp_path)
+    signed.plan()
+    signed.approve("operator")
+    signed.approve("reviewer")
+    signed.system.sql("UPDATE app.settings SET value = '12' WHERE name = 'shop.open'")
+    signed.apply("--evidence", str(tmp_path / "run"), "--key", str(signed.people["author"].key), code=4)
+    judged(tmp_path / "run", code=0)
+    assert {path.name.partition(".")[0] for path in (tmp_path / "run" / "statements").iterdir()} == {
+        "human-review-1",
+        "human-review-2",
+        "test-result",
+    }
+    assert (
+        '"FAILED"'
+        in base64.b64decode(json.loads(statement(tmp_path / "run", "test-result").read_text())["payload"]).decode()
+    )
+
+
+def test_a_key_that_is_not_there_stops_the_apply(db: Database, tmp_path: Path) -> None:
+    signed = Signed(db, tmp_path)
+    signed.plan()
+    signed.approve("operator")
+    signed.approve("reviewer")
+    assert "There is no key" in signed.apply("--key", str(tmp_path / "nokey"), code=1)
+    assert signed.system.entries() == 0
+
+
+def test_a_key_that_cannot_sign_is_a_problem_of_the_evidence_alone(db: Database, tmp_path: Path) -> None:
+    signed = Signed(db, tmp_path)
+    signed.plan()
+    signed.approve("operator")
+    signed.approve("reviewer")
+    broken = tmp_path / "broken"
+    broken.write_text("no key")
+    signed.apply("--evidence", str(tmp_path / "run"), "--key", str(broken))
+    signed.system.in_sync()
+    assert "nobody signed for the run" in judged(tmp_path / "run")
 
 
 @pytest.mark.parametrize("place", ["nowhere", "."])
