@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from reconciler import (
@@ -56,7 +56,7 @@ from reconciler.model import (
     milliseconds,
     tolerated,
 )
-from reconciler.plan import stamp, with_forgotten
+from reconciler.plan import remembered, stamp, with_forgotten
 from reconciler.record import Progress, Record, Request
 from reconciler.survey import Survey, survey
 from reconciler.trust import EDITED, check_plan, same_target
@@ -87,6 +87,13 @@ class _Run:
     waits: Waits
     progress: Record
     rehearsed: Mapping[str, Verdict]
+    remembered: dict[str, Json] = field(default_factory=dict[str, "Json"])
+    """What is known of objects whose text the catalog rewrites; grows while statements are executed."""
+
+    @property
+    def knowing(self) -> Desired:
+        """What is declared, with all that is remembered by now."""
+        return replace(self.desired, remembered=self.remembered)
 
     @property
     def run_id(self) -> str:
@@ -248,6 +255,7 @@ def _change(conn: pg.Connection, run: _Run) -> str:
     record = run.progress
     before = locks.take(conn, _task(run), lambda xid: _unchanged(conn, run, xid))
     record.found = before.survey
+    run.remembered.update(remembered(before.survey.last.manifest))
     memos = live.remember(conn, Asked(run.desired, before.survey.last.allow_functions))
     seen = bystanders.look(conn, run.desired)
     _execute(conn, run)
@@ -427,6 +435,7 @@ def _execute(conn: pg.Connection, run: _Run) -> None:
                     seconds=round(time.monotonic() - begun, 6),
                 )
             )
+        run.remembered.update(execute.learned(conn, change))
         if change.kind == "marker" and change.after is not None:
             _marker_is_there(conn, run, change, answer)
     pg.run(conn, "SET LOCAL search_path = ''")
@@ -467,7 +476,7 @@ def _look_again(
     run.progress("verify", "reading everything again before COMMIT")
     _drain(conn, run)
     allowed = ledger.last(conn, run.desired.name).allow_functions
-    found = live.read(conn, run.desired, allowed)
+    found = live.read(conn, run.knowing, allowed)
     wrong = [
         f"{change.address}: not what was approved after its statements ran"
         for change in run.request.plan.changes
@@ -551,7 +560,7 @@ def _still(conn: pg.Connection, run: _Run, found: Live, xid: str) -> None:
             "Rolled back: something opened a cursor WITH HOLD, whose query would run at COMMIT.",
             hint="Look at the triggers of the tables that were written.",
         )
-    now = live.read(conn, run.desired, run.policy.allow_functions).items
+    now = live.read(conn, run.knowing, run.policy.allow_functions).items
     if moved := sorted(address for address in {*now, *found.items} if now.get(address) != found.items.get(address)):
         raise Stale(
             "Rolled back: writing the ledger entry changed what is governed.",
@@ -568,7 +577,9 @@ def manifest(desired: Desired, found: Live) -> dict[str, Governed]:
             name=item.name,
             spec=kinds()[item.kind].essence(found.items[address]).dump(),
             rules=item.rules.dump(),
-            facts={key: value for key, value in found.facts[address].items() if key in {"xmin", "updated_at"}},
+            facts={
+                key: value for key, value in found.facts[address].items() if key in {"xmin", "updated_at", "remembered"}
+            },
         )
         for address, item in desired.items.items()
         if address in found.items

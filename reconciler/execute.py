@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from psycopg import sql
 
 from reconciler import pg
+from reconciler.kinds import kinds
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping, Sequence
 
-    from reconciler.model import Change, Declared, Policy, Statement
+    from reconciler.model import Change, Declared, Json, Policy, Statement
 
 
 def path_of(change: Change, items: Mapping[str, Declared], policy: Policy) -> Sequence[str]:
@@ -51,9 +52,27 @@ def script(changes: Iterable[Change], items: Mapping[str, Declared], policy: Pol
                 yield "SET LOCAL ROLE NONE"
 
 
-def everything(conn: pg.Connection, changes: Iterable[Change], items: Mapping[str, Declared], policy: Policy) -> None:
-    """Run every statement of every change, in their order, and leave an empty search_path."""
+def everything(
+    conn: pg.Connection, changes: Iterable[Change], items: Mapping[str, Declared], policy: Policy
+) -> dict[str, Json]:
+    """Run every statement of every change, in their order, and leave an empty search_path. Returns what was learned."""
+    found: dict[str, Json] = {}
     for change in changes:
         for statement in change.statements:
             one(conn, statement, path_of(change, items, policy), change.address)
+        found |= learned(conn, change)
     pg.run(conn, "SET LOCAL search_path = ''")
+    return found
+
+
+def learned(conn: pg.Connection, change: Change) -> dict[str, Json]:
+    """By address, what must be remembered of an object whose text the catalog rewrites, before anything else runs.
+
+    Raises Stale when nobody could say that the text is that of the statement.
+    """
+    kind = kinds().get(change.kind)
+    if kind is None or change.after is None:
+        return {}
+    pg.run(conn, "SET LOCAL search_path = ''")
+    pair = kind.learn(conn, kind.load(change.after))
+    return {} if pair is None else {change.address: pair}

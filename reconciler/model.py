@@ -274,6 +274,8 @@ class Desired:
     checks: Mapping[Address, Check]
     source_digest: str
     """SHA-256 over the files as read; informational."""
+    remembered: Mapping[Address, Json] = field(default_factory=dict[Address, Json], compare=False)
+    """What the ledger remembers of objects whose text the catalog rewrites: see `Kind.learn`."""
 
 
 # ------------------------------------------------------------------------------------------------------- what is found

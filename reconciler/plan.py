@@ -230,7 +230,18 @@ def with_forgotten(desired: Desired, manifest: Mapping[str, Json]) -> Desired:
         for address, entry in manifest.items()
         if entry["kind"] in judging and address not in desired.checks
     }
-    return replace(desired, items={**desired.items, **items}, checks={**desired.checks, **judged})
+    return replace(
+        desired,
+        items={**desired.items, **items},
+        checks={**desired.checks, **judged},
+        remembered=remembered(manifest),
+    )
+
+
+def remembered(manifest: Mapping[str, Json]) -> dict[str, Json]:
+    """What the ledger remembers of objects whose text the catalog rewrites, by address."""
+    facts = {address: entry.get("facts", {}).get("remembered") for address, entry in manifest.items()}
+    return {address: pair for address, pair in facts.items() if pair is not None}
 
 
 def load_desired(data: Json) -> Desired:

@@ -98,13 +98,16 @@ class Routine(Model):
     config: tuple[str, ...]
     body: str
     binary: str | None
+    sql_body: bool = False
+    """The body is SQL of the statement itself (BEGIN ATOMIC or RETURN): the catalog keeps it parsed."""
 
 
 def parse_routine(text: str) -> tuple[Routine | None, list[Trouble]]:
     """The one CREATE [OR REPLACE] FUNCTION or PROCEDURE of `text`, or everything that is wrong with it.
 
     Refused because the catalog would show another text, or because it means something else under another path: a name
-    or type without schema, %TYPE, SET ... FROM CURRENT, a body in SQL syntax, a default that is not constant.
+    or type without schema, %TYPE, SET ... FROM CURRENT. A body in SQL syntax, and a default that is not constant, are
+    taken as they are written; what the catalog makes of them only an apply can learn.
     """
     statement, troubles = single(text)
     if statement is None:
@@ -145,7 +148,8 @@ class _RoutineReader:
         args = tuple(self.argument(node.function_parameter) for node in tree.parameters)
         self.check_arguments(args)
         returns, returns_set = self.result(args)
-        language = self.word("language", "")
+        sql_body = tree.HasField("sql_body")
+        language = self.word("language", "sql" if sql_body else "")
         if not language:
             self.refuse(self.start, "no LANGUAGE is given")
         body, binary = self.body(language, names[-1])
@@ -170,6 +174,7 @@ class _RoutineReader:
             config=self.config(),
             body=body,
             binary=binary,
+            sql_body=sql_body,
         )
 
     def sort_options(self) -> None:
@@ -205,17 +210,10 @@ class _RoutineReader:
         return Arg(name=node.name or None, mode=mode, type=type_text, default=default)
 
     def default(self, node: pb.FunctionParameter, type_text: str) -> str | None:
-        """The default as `canonical_default` writes it."""
+        """The default as `canonical_default` writes it; one that has no such text, as it is written."""
         start, end = self.default_span(node)
-        expression = self.text.encode()[start:end].decode()
-        default = canonical_default(expression, type_text)
-        if default is None and type_text != "unknown":
-            self.refuse(
-                start,
-                f"the default of {node.name or 'this argument'} cannot be compared with what the catalog shows: "
-                f"only constants of type {type_text}, arrays of them and calls such as now() can",
-            )
-        return default
+        expression = self.text.encode()[start:end].decode().strip()
+        return canonical_default(expression, type_text) or expression
 
     def default_span(self, node: pb.FunctionParameter) -> tuple[int, int]:
         """Where the text of a default begins and ends, in bytes: after DEFAULT or =, up to its comma or parenthesis."""
@@ -355,9 +353,9 @@ class _RoutineReader:
     def body(self, language: str, name: str) -> tuple[str, str | None]:
         """pg_proc.prosrc and probin, by the rules of interpret_AS_clause()."""
         if self.tree.HasField("sql_body"):
-            message = "a body in SQL syntax (RETURN or BEGIN ATOMIC) is stored rewritten; write it as a string after AS"
-            self.refuse(location_of(self.tree.sql_body), message)
-            return "", None
+            if "as" in self.options or language != "sql":
+                self.refuse(self.start, "a body in SQL syntax goes with LANGUAGE sql and without AS")
+            return self.sql_body(), None
         if "as" not in self.options:
             self.refuse(self.start, "no body is given")
             return "", None
@@ -368,6 +366,19 @@ class _RoutineReader:
         if len(parts) != 1:
             self.refuse(self.options["as"].location, f"language {language} takes only one string after AS")
         return (name if language == "internal" and not parts[0] else parts[0]), None
+
+    def sql_body(self) -> str:
+        """The text from RETURN or BEGIN ATOMIC to its end: it is the last clause of the statement."""
+        comments = (pb.Token.SQL_COMMENT, pb.Token.C_COMMENT)
+        tokens = [token for token in tokens_of(self.text)[0] if token.token not in comments]
+        depth = 0
+        for token, following in zip(tokens, [*tokens[1:], tokens[-1]], strict=True):
+            depth += {pb.Token.ASCII_40: 1, pb.Token.ASCII_41: -1}.get(token.token, 0)
+            atomic = token.token == pb.Token.BEGIN_P and following.token == pb.Token.ATOMIC
+            if depth == 0 and (token.token == pb.Token.RETURN or atomic):
+                end = tokens[-2] if tokens[-1].token == pb.Token.ASCII_59 else tokens[-1]
+                return self.text.encode()[token.start : end.end].decode()
+        raise AssertionError
 
 
 def _setting_name(written: str) -> str:

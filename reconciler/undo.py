@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from psycopg import sql
@@ -12,7 +13,7 @@ from reconciler.apply import manifest
 from reconciler.diff import changes as differences
 from reconciler.errors import Refused, Stale
 from reconciler.model import FORMAT_VERSION, Model, Target, canonical, digest, milliseconds
-from reconciler.plan import stamp
+from reconciler.plan import remembered, stamp
 from reconciler.revert import Undo, declarations
 from reconciler.setup import scope
 from reconciler.survey import survey
@@ -66,7 +67,8 @@ def _round_trip(conn: pg.Connection, plan: Plan, desired: Desired) -> Identity:
     if found.plan(now).effect_digest != plan.effect_digest:
         raise Stale("The plan is stale: what is there now is not what it was made for.", hint="Plan again.")
     allowed = found.last.allow_functions
-    execute.everything(conn, plan.changes, desired.items, desired.policy)
+    known = {**remembered(found.last.manifest), **execute.everything(conn, plan.changes, desired.items, desired.policy)}
+    desired = replace(desired, remembered=known)
     applied = live.read(conn, desired, allowed)
     if left := differences(desired, applied, {}):
         raise Refused("The plan does not lead to what it says.", details=[change.address for change in left])
@@ -82,7 +84,8 @@ def _round_trip(conn: pg.Connection, plan: Plan, desired: Desired) -> Identity:
     wanted = declarations(undo, desired)
     back = differences(wanted, live.read(conn, wanted, allowed), body["manifest"])
     execute.everything(conn, back, wanted.items, desired.policy)
-    reverted = live.read(conn, desired, allowed)
+    # As the catalog shows it, whatever was written: what the ledger remembered before is compared with itself.
+    reverted = live.read(conn, replace(desired, remembered=remembered(found.last.manifest)), allowed)
     addresses = sorted(change.address for change in plan.changes)
     before, after = _image(found.live, addresses), _image(reverted, addresses)
     left = tuple(

@@ -138,6 +138,10 @@ class Kind(ABC, Generic[D, S, R]):
         """
         return rules
 
+    def learn(self, conn: pg.Connection, after: S) -> Json:
+        """Right after the statements of a change: what the ledger must remember to know the object again, or None."""
+        return None
+
     def bystanders(self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired) -> dict[str, Bystander]:
         """By name, what an apply must leave alone unless its plan names it: what is in scope and not declared."""
         return {}

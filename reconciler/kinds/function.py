@@ -23,6 +23,7 @@ from reconciler.model import (
     JsonObject,
     Lock,
     Model,
+    Scope,
     Statement,
     glob_regex,
 )
@@ -67,12 +68,11 @@ class FunctionDeclaration(Model):
 
 
 class FunctionSpec(Routine):
-    """Everything that is compared. `sql_body`: the body is stored parsed (BEGIN ATOMIC), so `body` does not show it."""
+    """Everything that is compared."""
 
     owner: str
     acl: tuple[Grant, ...]
     comment: str | None
-    sql_body: bool = False
 
     @property
     def identity(self) -> str:
@@ -166,7 +166,7 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         specs = [item.spec for item in wanted if isinstance(item.spec, FunctionSpec)]
         retired = [item for item in wanted if isinstance(item.spec, Absent)]
         names = [(spec.schema_name, spec.name) for spec in specs] + [split_identity(item.name)[:2] for item in retired]
-        found = _rows(conn, names, desired)
+        found = _rows(conn, names, desired.scope)
         items: dict[str, Model] = {}
         facts: dict[str, Mapping[str, Json]] = {}
         findings: list[Finding] = []
@@ -174,13 +174,14 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             spec = _spec(row)
             address = f"{self.name}.{spec.identity}"
             if spec.identity in declared:
-                items[address] = spec
-                facts[address] = {"xmin": row["xmin"]}
+                items[address], known = _as_remembered(spec, desired.remembered.get(address))
+                facts[address] = {"xmin": row["xmin"], **known}
             elif row["in_scope"] and not row["extension"]:
                 message = f"{row['prokind_word']} {spec.identity} is in scope but no file declares it"
                 findings.append(Finding(code="undeclared", address=address, message=message))
         roles = _roles(conn, specs)
         leaks = _default_grants(conn)
+        meddlers = _event_triggers(conn) if any(_rewritten(spec) for spec in specs) else []
         for item in declared.values():
             spec = item.spec
             if not isinstance(spec, FunctionSpec):
@@ -199,13 +200,15 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             if absent := sorted(named - roles):
                 fact["missing_roles"] = absent
             fact |= _defaults_of(spec, leaks)
+            if meddlers and _rewritten(spec):
+                fact["event_triggers"] = meddlers
             facts[item.address] = fact
         return Reading(items, facts, findings)
 
     def bystanders(self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired) -> dict[str, Bystander]:
         """The functions in scope that nobody declared, and that are no extension's."""
         declared = {item.name for item in wanted}
-        named = [(_spec(row).identity, row) for row in _rows(conn, (), desired) if not row["extension"]]
+        named = [(_spec(row).identity, row) for row in _rows(conn, (), desired.scope) if not row["extension"]]
         return {
             f"{self.name}.{name}": Bystander(row["xmin"], int(row["oid"]))
             for name, row in named
@@ -220,6 +223,8 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             return None
         if absent := facts.get("missing_roles"):
             raise Blocked(f"role {', '.join(absent)} does not exist in this cluster")
+        if meddlers := facts.get("event_triggers"):
+            raise Blocked(_meddled(meddlers))
         if live is None:
             return Wanted(spec, _created_with(facts))
         if _needs_replacement(live, spec):
@@ -278,11 +283,16 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             found.add("replaces_function")
         return found
 
-    def backwards(self, before: FunctionSpec, rules: FunctionRules, after: Json) -> FunctionRules:
-        """Every attribute and grant comes back; what PostgreSQL stores parsed cannot be written again."""
-        if before.sql_body:
-            raise ValueError("its earlier body was BEGIN ATOMIC, which the catalog keeps only parsed")
-        return rules
+    def learn(self, conn: pg.Connection, after: FunctionSpec) -> Json:
+        """The pair of remembered equality (DESIGN 6): what was written, and what the catalog makes of it."""
+        written = _rewritten(after)
+        if not written:
+            return None
+        if meddlers := _event_triggers(conn):
+            raise Stale(f"{after.identity}: {_meddled(meddlers)}", hint="Nothing was changed.")
+        rows = _rows(conn, [(after.schema_name, after.name)], Scope())
+        live = next((spec for spec in map(_spec, rows) if spec.identity == after.identity), None)
+        return None if live is None else {"written": written, "live": _shown(live, written)}
 
     def lock(
         self,
@@ -339,6 +349,60 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             return (routine,)
         waits, schema = "who drops the schema", spec.schema_name
         return (Lock(address=change.address, mode="ACCESS SHARE", on="schema", name=schema, waits=waits), routine)
+
+
+def _rewritten(spec: Model) -> dict[str, Json]:
+    """The parts whose text the catalog does not keep: a body in SQL syntax, defaults that are more than constants."""
+    if not isinstance(spec, FunctionSpec):
+        return {}
+    parts: dict[str, Json] = {"body": spec.body} if spec.sql_body else {}
+    for index, arg in enumerate(spec.args):
+        if arg.default is not None and canonical_default(arg.default, arg.type) is None:
+            parts[f"default of argument {index + 1}"] = arg.default
+    return parts
+
+
+def _shown(live: FunctionSpec, parts: Iterable[str]) -> dict[str, Json]:
+    """The same parts as the catalog shows them."""
+    defaults = {f"default of argument {index + 1}": arg.default for index, arg in enumerate(live.args)}
+    have: dict[str, Json] = {**defaults, "body": live.body}
+    return {name: have.get(name) for name in parts}
+
+
+def _as_remembered(live: FunctionSpec, pair: Json) -> tuple[FunctionSpec, dict[str, Json]]:
+    """The live object with what was written in the place of the catalog's texts, for as long as those are the same."""
+    if pair is None or _shown(live, pair["live"]) != pair["live"] or live.sql_body != ("body" in pair["live"]):
+        return live, {}
+    written: Mapping[str, Json] = pair["written"]
+    args = tuple(
+        arg.model_copy(update={"default": written.get(f"default of argument {index + 1}", arg.default)})
+        for index, arg in enumerate(live.args)
+    )
+    return live.model_copy(update={"args": args, "body": written.get("body", live.body)}), {"remembered": pair}
+
+
+def _event_triggers(conn: pg.Connection) -> list[Json]:
+    """The names of those that fire when a function is created: what the catalog shows then could be theirs."""
+    return [
+        row["name"]
+        for row in pg.rows(
+            conn,
+            """
+            SELECT e.evtname::pg_catalog.text AS name FROM pg_catalog.pg_event_trigger e
+             WHERE e.evtenabled IN ('O', 'A') AND e.evtevent IN ('ddl_command_start', 'ddl_command_end')
+               AND (e.evttags IS NULL OR e.evttags && ARRAY['CREATE FUNCTION', 'CREATE PROCEDURE'])
+             ORDER BY 1
+            """,
+            doing="reading event triggers",
+        )
+    ]
+
+
+def _meddled(names: Sequence[Json]) -> str:
+    return (
+        f"event trigger {', '.join(map(str, names))} fires when it is created, so nobody could say that what the"
+        " catalog then shows is what was written; write the body as a string after AS, and defaults as constants"
+    )
 
 
 def _free_extension(conn: pg.Connection, spec: FunctionSpec, doing: str) -> str:
@@ -437,7 +501,7 @@ def _sorted(grants: Iterable[Grant]) -> tuple[Grant, ...]:
 
 
 def _routine(spec: FunctionSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in (*Routine.model_fields, "sql_body")}
+    return {name: getattr(spec, name) for name in Routine.model_fields}
 
 
 def _needs_replacement(live: FunctionSpec, spec: FunctionSpec) -> bool:
@@ -479,10 +543,13 @@ def _create(spec: FunctionSpec, *, replace: bool) -> sql.Composed:
             clauses.append(sql.SQL("SUPPORT {}").format(raw(spec.support)))
     clauses.append(sql.SQL("SECURITY DEFINER" if spec.security_definer else "SECURITY INVOKER"))
     clauses += [_setting(setting) for setting in spec.config]
-    body = _quoted(spec.body)
-    if spec.binary is not None:
-        body = sql.SQL("{}, {}").format(sql.Literal(spec.binary), body)
-    clauses.append(sql.SQL("AS {}").format(body))
+    if spec.sql_body:
+        clauses.append(raw(spec.body))
+    else:
+        body = _quoted(spec.body)
+        if spec.binary is not None:
+            body = sql.SQL("{}, {}").format(sql.Literal(spec.binary), body)
+        clauses.append(sql.SQL("AS {}").format(body))
     return sql.SQL("{} {} {}({}){}\n {}").format(
         sql.SQL("CREATE OR REPLACE" if replace else "CREATE"),
         sql.SQL("PROCEDURE" if procedure else "FUNCTION"),
@@ -601,9 +668,9 @@ def _from_the_ends(grants: set[Grant]) -> list[Grant]:
     return ordered
 
 
-def _rows(conn: pg.Connection, names: Sequence[tuple[str, str]], desired: Desired) -> list[dict[str, Any]]:
+def _rows(conn: pg.Connection, names: Sequence[tuple[str, str]], owned: Scope) -> list[dict[str, Any]]:
     """Every function in scope and every one of these names (schema, name)."""
-    scope = desired.scope.functions
+    scope = owned.functions
     return pg.rows(
         conn,
         _QUERY,
@@ -767,7 +834,11 @@ SELECT p.proc_xmin::pg_catalog.text AS xmin, p.oid, p.in_scope,
          WHERE sp.oid = p.prosupport::pg_catalog.oid) AS support,
        (SELECT pg_catalog.array_agg(pg_catalog.format_type(t, NULL) ORDER BY i)
           FROM pg_catalog.unnest(p.protrftypes) WITH ORDINALITY AS u(t, i)) AS transforms,
-       p.proconfig AS config, p.prosrc AS body, p.probin AS binary, p.prosqlbody IS NOT NULL AS sql_body,
+       p.proconfig AS config,
+       -- What others dropped meanwhile has no text any more.
+       CASE WHEN p.prosqlbody IS NULL THEN p.prosrc
+            ELSE coalesce(pg_catalog.pg_get_function_sqlbody(p.oid), '') END AS body,
+       p.probin AS binary, p.prosqlbody IS NOT NULL AS sql_body,
        o.rolname::pg_catalog.text AS owner,
        (SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_array(
                    g.rolname, coalesce(r.rolname, a.grantor::pg_catalog.text), a.is_grantable))

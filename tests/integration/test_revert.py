@@ -119,15 +119,7 @@ def test_what_was_changed_again_stands_in_the_way(db: Database, tmp_path: Path) 
 def test_all_that_cannot_be_undone_is_named(db: Database, tmp_path: Path) -> None:
     system = shop(db, tmp_path)
     system.sql(
-        "CREATE FUNCTION app.fn_parsed() RETURNS integer LANGUAGE sql BEGIN ATOMIC SELECT 1; END",
-        "ALTER FUNCTION app.fn_parsed() OWNER TO {owner}",
         "INSERT INTO app.settings (name, value) VALUES ('shop.phase', 'one'), ('shop.nothing', NULL)",
-    )
-    system.function(
-        "app.fn_parsed()",
-        "CREATE FUNCTION app.fn_parsed() RETURNS integer LANGUAGE sql AS $$SELECT 2$$;",
-        execute=["PUBLIC"],
-        waive={"public_execute": "a test"},
     )
     system.state["gates"]["shop.nothing"] = {"value": "x", "reason": "It was NULL."}
     system.write().settle()
@@ -135,7 +127,6 @@ def test_all_that_cannot_be_undone_is_named(db: Database, tmp_path: Path) -> Non
     done = command("revert", "1", "-s", system.directory, "--out", tmp_path / "x.plan", dsn=system.db.dsn)
     assert done.returncode == 4
     for line in (
-        "function.app.fn_parsed(): its earlier body was BEGIN ATOMIC, which the catalog keeps only parsed",
         "gate.shop.phase: `order` says that it never moves back from 'two' to 'one'",
         "gate.shop.nothing: it was NULL, which no gate can be set to",
     ):
