@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import psycopg
@@ -171,15 +172,20 @@ ESCAPING = ("dblink", "lo_", "pg_", "set_config")
 
 def statement_troubles(text: str) -> list[Trouble]:
     """What is wrong with a statement of a proof: it must be one, undone by a rollback, and call nothing that is not."""
+    return list(_troubles(text))
+
+
+@lru_cache(maxsize=1024)  # asked when the files are read, and again when the proof is played
+def _troubles(text: str) -> tuple[Trouble, ...]:
     statement, troubles = single(text)
     if statement is None:
-        return troubles
+        return tuple(troubles)
     kind = statement.node.WhichOneof("node") or ""
     if kind not in STATEMENTS:
         word = text.encode()[statement.start :].decode().split(maxsplit=1)[0].upper()
         message = f"{word} is not allowed in a proof: only SELECT, INSERT, UPDATE, DELETE, MERGE, VALUES, CALL,"
-        return [at(text, statement.start, f"{message} CREATE TEMP TABLE AS and SET CONSTRAINTS")]
-    return [at(text, place, message) for place, message in _escapes(statement)]
+        return (at(text, statement.start, f"{message} CREATE TEMP TABLE AS and SET CONSTRAINTS"),)
+    return tuple(at(text, place, message) for place, message in _escapes(statement))
 
 
 def _escapes(statement: Statement) -> Iterator[tuple[int, str]]:
@@ -370,6 +376,7 @@ def refuses(spec: ProofSpec, schema: str, name: str, arguments: int, gate: str) 
     return False
 
 
+@lru_cache(maxsize=1024)  # asked for every gate of every function
 def _calls(text: str, schema: str, name: str, arguments: int) -> bool:
     statement, _ = single(text)
     return statement is not None and any(
