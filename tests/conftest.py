@@ -119,6 +119,12 @@ def dieu45(server: Server, run_directory: Path, new_name: Callable[[], str]) -> 
     yield from _clone(server, new_name(), _template(server, run_directory, "dieu45"))
 
 
+@pytest.fixture(scope="module")
+def dieu45_shared(server: Server, run_directory: Path, new_name: Callable[[], str]) -> Iterator[Database]:
+    """`dieu45` for all tests of a module that leave it as they found it, and say so."""
+    yield from _clone(server, new_name(), _template(server, run_directory, "dieu45"))
+
+
 @pytest.fixture
 def dieu45_full(server: Server, run_directory: Path, new_name: Callable[[], str]) -> Iterator[Database]:
     """The governed system as it was before Phase 2, at full size."""
