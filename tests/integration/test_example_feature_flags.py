@@ -121,6 +121,7 @@ def test_the_purge_works_once_it_is_armed(shop: Database) -> None:
     assert shop.execute('SELECT cart_id FROM "Shop Control".cart') == [(3,)]
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_leaves_nothing_behind() -> None:
     done = shell("examples/feature-flags/demo.sh")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -176,6 +176,7 @@ def test_planned_again_phase_3_is_empty_and_phase_2_is_refused(release: Release,
     assert re.findall(r"marker\.(\w+): stale_heartbeat", drift.stdout) == [CALLER, WORKER]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme(dieu45: Database) -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```$", (PHASE_3 / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     # The first block starts a sandbox; here the database is the test's own.
