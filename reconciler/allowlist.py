@@ -12,6 +12,7 @@ limits on rows and bytes are for that.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -33,7 +34,7 @@ from reconciler.syntax import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 CATALOG = frozenset(
     """
@@ -301,6 +302,12 @@ def check_query(text: str, allow_functions: Sequence[str] = ()) -> QueryReport:
 
     `allow_functions`: names `schema.function` of the installed policy, allowed besides FUNCTIONS.
     """
+    report = _report(text, frozenset(allow_functions))
+    return report._replace(troubles=list(report.troubles))
+
+
+@lru_cache(maxsize=512)  # an apply asks for the same queries at each of its looks
+def _report(text: str, allow_functions: frozenset[str]) -> QueryReport:
     statement, troubles = single(text)
     if statement is None:
         return QueryReport(troubles, ())
@@ -392,7 +399,7 @@ def _function_names(node: pb.RangeFunction) -> Iterator[tuple[str, frozenset[str
 class _Checker:
     """Walks one tree, collects troubles and relations. `scope`: the names of the CTEs that can be seen from a node."""
 
-    def __init__(self, text: str, allow_functions: Sequence[str], facts: _Facts, *, one_row: bool = False) -> None:
+    def __init__(self, text: str, allow_functions: Collection[str], facts: _Facts, *, one_row: bool = False) -> None:
         self.text = text
         self.policy = frozenset(allow_functions)
         self.facts = facts

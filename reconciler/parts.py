@@ -149,30 +149,33 @@ def _may(conn: pg.Connection, role: str) -> bool:
     return pg.rows(conn, query, (role,))[0]["may"]
 
 
+_READABLE = """
+SELECT w.number, current_user::pg_catalog.text AS role, pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS usage,
+       pg_catalog.has_table_privilege(c.oid, 'SELECT') AS may_read, pg_catalog.row_security_active(c.oid) AS hides
+  FROM ROWS FROM (pg_catalog.unnest(%s::pg_catalog.name[]), pg_catalog.unnest(%s::pg_catalog.name[]))
+       WITH ORDINALITY AS w (nspname, relname, number)
+  JOIN pg_catalog.pg_namespace n ON n.nspname = w.nspname
+  JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = w.relname
+ WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
+"""
+
+
 def unreadable(conn: pg.Connection, relations: Sequence[str]) -> tuple[str, str] | None:
     """What keeps this role from seeing all rows of the relations: (missing privilege, sentence), or None.
 
     Asked before, because an error inside the snapshot would end it.
     """
-    for name in relations:
+    wanted = list(map(relation, relations))
+    asked = ([schema for schema, _ in wanted], [name for _, name in wanted])
+    rows = pg.rows(conn, _READABLE, asked) if wanted else []
+    found = {row["number"]: row for row in rows}
+    for number, name in enumerate(relations, 1):
         role = _HIDING.get(name)
         if role is not None and not _may(conn, role):
             return role, f"{name} hides rows or columns from this role; GRANT {role} to it"
-        found = pg.rows(
-            conn,
-            """
-            SELECT current_user::pg_catalog.text AS role,
-                   pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS usage,
-                   pg_catalog.has_table_privilege(c.oid, 'SELECT') AS may_read,
-                   pg_catalog.row_security_active(c.oid) AS hides
-              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-             WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
-            """,
-            relation(name),
-        )
-        if not found:
+        row = found.get(number)
+        if row is None:
             return f"relation {name}", f"there is no relation {name}"
-        row = found[0]
         if not row["usage"]:
             missing = f"USAGE on the schema of {name}"
             return missing, f"role {row['role']} lacks {missing}"

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psycopg
 import pytest
@@ -20,7 +20,7 @@ from tests import servers
 from tests.servers import PROJECT, Database, Server
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 BASELINE = PROJECT / "examples" / "dieu45" / "baseline"
 KIND = os.environ.get("RECONCILER_TEST_SERVER", "embedded")
@@ -119,6 +119,12 @@ def dieu45(server: Server, run_directory: Path, new_name: Callable[[], str]) -> 
     yield from _clone(server, new_name(), _template(server, run_directory, "dieu45"))
 
 
+@pytest.fixture(scope="module")
+def dieu45_shared(server: Server, run_directory: Path, new_name: Callable[[], str]) -> Iterator[Database]:
+    """`dieu45` for all tests of a module that leave it as they found it, and say so."""
+    yield from _clone(server, new_name(), _template(server, run_directory, "dieu45"))
+
+
 @pytest.fixture
 def dieu45_full(server: Server, run_directory: Path, new_name: Callable[[], str]) -> Iterator[Database]:
     """The governed system as it was before Phase 2, at full size."""
@@ -143,14 +149,36 @@ def _ctrl_c() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cli(tmp_path_factory: pytest.TempPathFactory, evidence: Path) -> Command:
-    """Runs the installed `reconciler` as a user would, with none of the variables of whoever runs the tests."""
-    program = Path(sysconfig.get_path("scripts")) / "reconciler"
+def variables(tmp_path_factory: pytest.TempPathFactory, evidence: Path) -> dict[str, str]:
+    """The variables of a user, with none of those that steer the command of whoever runs the tests."""
     home = tmp_path_factory.mktemp("home")
     foreign = ("PG", "RECONCILER_", "XDG_", "COLUMNS", "FORCE_COLOR", "NO_COLOR", "PYTEST_")
     base = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     base.update(HOME=str(home), LC_ALL="C.UTF-8", TERM="dumb", RECONCILER_EVIDENCE=str(evidence))
+    return base
 
+
+@pytest.fixture(scope="session")
+def cli(variables: dict[str, str]) -> Command:
+    """Runs the installed `reconciler` as a user would."""
+    program = Path(sysconfig.get_path("scripts")) / "reconciler"
+
+    def start(arguments: Sequence[str | Path], **given: Any) -> subprocess.CompletedProcess[str]:
+        given["input"] = given.pop("stdin")
+        return subprocess.run([program, *arguments], check=False, capture_output=True, text=True, timeout=300, **given)
+
+    return _command(start, variables)
+
+
+@pytest.fixture(scope="session")
+def called(variables: dict[str, str]) -> Command:
+    """What `cli` does, in this process: for tests of what a command says and not of how a program starts and ends."""
+    from tests.integration import governed
+
+    return _command(lambda arguments, **given: governed.command(*arguments, **given), variables)
+
+
+def _command(start: Callable[..., subprocess.CompletedProcess[str]], variables: Mapping[str, str]) -> Command:
     def run(
         *arguments: str | Path,
         check: bool = True,
@@ -158,16 +186,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory, evidence: Path) -> Command:
         cwd: Path | None = None,
         stdin: str = "",
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [program, *arguments],
-            check=False,
-            capture_output=True,
-            text=True,
-            input=stdin,
-            cwd=cwd or PROJECT,
-            env={**base, **(env or {})},
-            timeout=300,
-        )
+        done = start(arguments, cwd=cwd or PROJECT, env={**variables, **(env or {})}, stdin=stdin)
         if check and done.returncode:
             words = " ".join(str(argument) for argument in arguments)
             pytest.fail(f"`reconciler {words}` exited {done.returncode}\n{done.stdout}\n{done.stderr}")

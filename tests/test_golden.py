@@ -12,21 +12,19 @@ What differs from run to run and from server to server is replaced by a word in 
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import signal
-import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 
-from reconciler.cli import main
+from tests.integration import governed
 from tests.servers import PROJECT
 
 if TYPE_CHECKING:
+    import subprocess
     from pathlib import Path
 
     from tests.conftest import Command
@@ -52,28 +50,6 @@ def roles(server: Server) -> None:
                 conn.execute(f"CREATE ROLE {name}".encode())
 
 
-class Printed(NamedTuple):
-    """What a command printed and how it ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def called(folder: Path, *arguments: str) -> Printed:
-    """The command, called in this process: starting the fifteen of a case would take most of the time."""
-    out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = ["reconciler", *arguments]
-    try:
-        with chdir(folder), redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
-    assert isinstance(ended.value.code, int)
-    return Printed(ended.value.code, out.getvalue(), err.getvalue())
-
-
 class Case:
     """One case under way: runs commands in its folder and keeps what they print."""
 
@@ -91,10 +67,10 @@ class Case:
             self.db.execute(path.read_text())
         return path.exists()
 
-    def run(self, step: str, command: str, *arguments: str | Path) -> Printed:
+    def run(self, step: str, command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """Run a command and keep its exit code; `--dsn` is added where the command reaches the database."""
         dsn = () if command in {"validate", "approve"} else ("--dsn", self.db.dsn)
-        done = called(self.folder, command, *map(str, arguments), *dsn)
+        done = governed.command(command, *arguments, *dsn, cwd=self.folder)
         self.codes.append(f"{step}: {done.returncode}")
         return done
 

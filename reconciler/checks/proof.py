@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import psycopg
@@ -171,15 +172,20 @@ ESCAPING = ("dblink", "lo_", "pg_", "set_config")
 
 def statement_troubles(text: str) -> list[Trouble]:
     """What is wrong with a statement of a proof: it must be one, undone by a rollback, and call nothing that is not."""
+    return list(_troubles(text))
+
+
+@lru_cache(maxsize=1024)  # asked when the files are read, and again when the proof is played
+def _troubles(text: str) -> tuple[Trouble, ...]:
     statement, troubles = single(text)
     if statement is None:
-        return troubles
+        return tuple(troubles)
     kind = statement.node.WhichOneof("node") or ""
     if kind not in STATEMENTS:
         word = text.encode()[statement.start :].decode().split(maxsplit=1)[0].upper()
         message = f"{word} is not allowed in a proof: only SELECT, INSERT, UPDATE, DELETE, MERGE, VALUES, CALL,"
-        return [at(text, statement.start, f"{message} CREATE TEMP TABLE AS and SET CONSTRAINTS")]
-    return [at(text, place, message) for place, message in _escapes(statement)]
+        return (at(text, statement.start, f"{message} CREATE TEMP TABLE AS and SET CONSTRAINTS"),)
+    return tuple(at(text, place, message) for place, message in _escapes(statement))
 
 
 def _escapes(statement: Statement) -> Iterator[tuple[int, str]]:
@@ -370,6 +376,7 @@ def refuses(spec: ProofSpec, schema: str, name: str, arguments: int, gate: str) 
     return False
 
 
+@lru_cache(maxsize=1024)  # asked for every gate of every function
 def _calls(text: str, schema: str, name: str, arguments: int) -> bool:
     statement, _ = single(text)
     return statement is not None and any(
@@ -403,6 +410,13 @@ class _NotJudged(Exception):
     """The proof could not be played: (what is missing, sentence)."""
 
 
+@dataclass
+class _Session:
+    """Whether the settings of a session are a caller's, and nothing has run since they were made so."""
+
+    as_a_caller: bool = False
+
+
 @dataclass(frozen=True)
 class _Stage:
     """Where a proof plays: a transaction, under which path and time-out, and how far the proof has come."""
@@ -411,6 +425,7 @@ class _Stage:
     path: str
     timeout_ms: int
     transaction: str
+    session: _Session
     where: str = ""
 
     def at(self, place: str) -> _Stage:
@@ -600,7 +615,7 @@ def _stage(conn: pg.Connection, asked: Asked) -> _Stage:
     policy = asked.desired.policy.apply
     xid: str = pg.rows(conn, "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid")[0]["xid"]
     path = ", ".join(map(quote_ident, policy.search_path))
-    return _Stage(conn, path, milliseconds(policy.statement_timeout), xid)
+    return _Stage(conn, path, milliseconds(policy.statement_timeout), xid, _Session())
 
 
 def _size(spec: ProofSpec) -> str:
@@ -700,8 +715,8 @@ def _try(stage: _Stage, step: Step) -> None:
 def _when(stage: _Stage, step: Step) -> _Came:
     """The statement on trial, as its role, in a savepoint of its own so that an expected error can be undone."""
     conn = stage.conn
-    _as_a_caller(stage)
-    pg.run(conn, "SAVEPOINT reconciler_when")
+    stage.session.as_a_caller = False
+    pg.run(conn, sql.SQL("SELECT {}; SAVEPOINT reconciler_when").format(_callers(stage)))
     try:
         if step.as_ is not None:
             conn.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(step.as_)))
@@ -712,8 +727,9 @@ def _when(stage: _Stage, step: Step) -> _Came:
         came = _Came(error=error)
     _still_ours(stage)
     if step.as_ is not None and came.error is None:
-        pg.run(conn, "SET LOCAL ROLE NONE")
-    pg.run(conn, "RELEASE SAVEPOINT reconciler_when")
+        pg.run(conn, "SET LOCAL ROLE NONE; RELEASE SAVEPOINT reconciler_when")
+    else:
+        pg.run(conn, "RELEASE SAVEPOINT reconciler_when")
     return came
 
 
@@ -729,7 +745,7 @@ def _must(stage: _Stage, statement: str | sql.Composable) -> _Came:
         if error.sqlstate == "42501":
             raise _NotJudged("a privilege to prepare the proof", message) from error
         raise _Failed(message) from error
-    _still_ours(stage)
+    _still_ours(stage, going_on=True)
     return came
 
 
@@ -772,9 +788,14 @@ def _not_ours_to_judge(error: psycopg.Error, conn: pg.Connection, step: Step | N
         raise problem from error
 
 
-def _still_ours(stage: _Stage) -> None:
-    """Whatever ran, it ran in the transaction that will be rolled back. Raises ServerProblem, which ends everything."""
-    query = "SELECT pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text AS xid"
+def _still_ours(stage: _Stage, *, going_on: bool = False) -> None:
+    """Whatever ran, it ran in the transaction that will be rolled back. Raises ServerProblem, which ends everything.
+
+    going_on: in the same message, the settings are made a caller's again.
+    """
+    query = sql.SQL("SELECT pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text AS xid{}").format(
+        sql.SQL(", {}").format(_callers(stage)) if going_on else sql.SQL("")
+    )
     if (
         stage.conn.info.transaction_status != TransactionStatus.INTRANS
         or pg.rows(stage.conn, query)[0]["xid"] != stage.transaction
@@ -783,27 +804,33 @@ def _still_ours(stage: _Stage) -> None:
             f"{stage.where}the statement ended the transaction of the proof.",
             hint="What it did may stand. A proof must never end its transaction; find out how it could.",
         )
+    stage.session.as_a_caller = going_on
 
 
 def _as_a_caller(stage: _Stage) -> None:
-    """Settings as a caller of the system has them."""
-    _settings(stage, stage.path, "on", stage.timeout_ms)
+    """Settings as a caller of the system has them, for the one statement that follows."""
+    if not stage.session.as_a_caller:
+        pg.run(stage.conn, sql.SQL("SELECT {}").format(_callers(stage)))
+    stage.session.as_a_caller = False
+
+
+def _callers(stage: _Stage) -> sql.Composed:
+    return _settings(stage.path, "on", stage.timeout_ms)
 
 
 def _as_a_judge(stage: _Stage) -> None:
     """Settings as every declared query has them: nothing is found by chance, nothing is hidden by row security."""
-    _settings(stage, "", "off", QUERY_TIMEOUT_MS)
+    stage.session.as_a_caller = False
+    pg.run(stage.conn, sql.SQL("SELECT {}").format(_settings("", "off", QUERY_TIMEOUT_MS)))
 
 
-def _settings(stage: _Stage, path: str, row_security: str, timeout_ms: int) -> None:
-    pg.rows(
-        stage.conn,
-        """
-        SELECT pg_catalog.set_config('search_path', %s, true), pg_catalog.set_config('row_security', %s, true),
-               pg_catalog.set_config('statement_timeout', %s, true)
-        """,
-        (path, row_security, str(timeout_ms)),
-    )
+def _settings(path: str, row_security: str, timeout_ms: int) -> sql.Composed:
+    """Columns of a SELECT that make the settings for the rest of the transaction."""
+    return sql.SQL(
+        "pg_catalog.set_config('search_path', {}, true) AS path,"
+        " pg_catalog.set_config('row_security', {}, true) AS security,"
+        " pg_catalog.set_config('statement_timeout', {}, true) AS timeout"
+    ).format(path, row_security, str(timeout_ms))
 
 
 def _wrong(stage: _Stage, one: Expectation, came: _Came, before: str | None) -> str:

@@ -52,7 +52,9 @@ def judged(rounds: list[kill.Round]) -> None:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("mode", ["client", "backend", "crash"])
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(mode, marks=pytest.mark.slow) for mode in ("client", "backend")), "crash"]
+)
 def test_the_installed_command_is_killed(shop: kill.Arena, mode: str) -> None:
     """As a user starts it, at what matters most."""
     wanted = marked(kill.count(shop))

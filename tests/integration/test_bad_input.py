@@ -126,10 +126,10 @@ SOURCES: dict[str, tuple[str | bytes, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_bad_source_file(tmp_path: Path, cli: Command, name: str) -> None:
+def test_a_bad_source_file(tmp_path: Path, called: Command, name: str) -> None:
     content, expected = SOURCES[name]
     states.write(tmp_path / "state", {**states.STATE, "functions/fn_one.sql": content})
-    lines = refused(cli("validate", check=False, cwd=tmp_path), 1)
+    lines = refused(called("validate", check=False, cwd=tmp_path), 1)
     found = [line.removeprefix("state/").replace("state/functions/", "STATE/functions/") for line in lines]
     assert len(found) == len(expected) + 1
     for line, start in zip(found, expected, strict=False):
@@ -137,7 +137,7 @@ def test_a_bad_source_file(tmp_path: Path, cli: Command, name: str) -> None:
     assert lines[-1] == "Error: 1 problem in the input."
 
 
-def test_sources_outside_of_the_directory(tmp_path: Path, cli: Command) -> None:
+def test_sources_outside_of_the_directory(tmp_path: Path, called: Command) -> None:
     outside = tmp_path / "outside.sql"
     outside.write_text(states.SQL)
     text = "functions:\n" + "".join(
@@ -150,7 +150,7 @@ def test_sources_outside_of_the_directory(tmp_path: Path, cli: Command) -> None:
     (directory / "link.sql").symlink_to(outside)
     (directory / "circle.sql").symlink_to("circle.sql")
     (directory / "folder").mkdir()
-    lines = refused(cli("validate", check=False, cwd=tmp_path), 1)
+    lines = refused(called("validate", check=False, cwd=tmp_path), 1)
     assert [line.split(": ", 2)[2] for line in lines[:3]] == [
         "lies outside the state directory (links resolved): copy it into it"
     ] * 3
@@ -229,10 +229,10 @@ YAML: dict[str, tuple[dict[str, str | bytes | None], str]] = {
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_a_bad_state_file(tmp_path: Path, state: Path, cli: Command, name: str) -> None:
+def test_a_bad_state_file(tmp_path: Path, state: Path, called: Command, name: str) -> None:
     files, expected = YAML[name]
     states.write(state, files)
-    lines = refused(cli("validate", check=False, cwd=tmp_path), 1)
+    lines = refused(called("validate", check=False, cwd=tmp_path), 1)
     assert lines[0].removeprefix("state").removeprefix("/").startswith(expected)
     assert lines[1:] == ["Error: 1 problem in the input."]
 
@@ -262,7 +262,7 @@ HOSTILE = [
 ]
 
 
-def test_hostile_queries_are_refused_offline_wherever_they_stand(tmp_path: Path, cli: Command) -> None:
+def test_hostile_queries_are_refused_offline_wherever_they_stand(tmp_path: Path, called: Command) -> None:
     quoted = [json.dumps(query) for query in HOSTILE]
     marker = "table: public.workers, key: {name: x}"
     files = {
@@ -274,7 +274,7 @@ def test_hostile_queries_are_refused_offline_wherever_they_stand(tmp_path: Path,
         + "".join(f"  p{n}: {{{marker}, passive_while: {json.dumps(f'({q}) = 1')}}}\n" for n, q in enumerate(HOSTILE)),
     }
     states.write(tmp_path / "state", files)
-    lines = refused(cli("validate", check=False, cwd=tmp_path), 1)
+    lines = refused(called("validate", check=False, cwd=tmp_path), 1)
     places = [line.split(": ")[0] for line in lines[:-1]]
     for file in ("i", "m", "p"):
         missed = [
@@ -329,9 +329,9 @@ def test_every_problem_of_every_file_comes_at_once_and_in_order(tmp_path: Path, 
         (lambda path: states.write(path, {"README.md": "x"}), "no *.yaml file here"),
     ],
 )
-def test_a_directory_that_is_none(tmp_path: Path, cli: Command, make: Any, expected: str) -> None:
+def test_a_directory_that_is_none(tmp_path: Path, called: Command, make: Any, expected: str) -> None:
     make(tmp_path / "state")
-    assert expected in refused(cli("validate", check=False, cwd=tmp_path), 1)[0]
+    assert expected in refused(called("validate", check=False, cwd=tmp_path), 1)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- the usage
@@ -367,10 +367,10 @@ def test_a_directory_that_is_none(tmp_path: Path, cli: Command, make: Any, expec
     ids=lambda arguments: " ".join(arguments).encode("ascii", "backslashreplace").decode(),
 )
 def test_bad_usage_is_an_error_and_never_looks_like_changes(
-    tmp_path: Path, state: Path, cli: Command, arguments: list[str]
+    tmp_path: Path, state: Path, called: Command, arguments: list[str]
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
-    done = cli(*arguments, check=False, cwd=tmp_path, env={"PGHOST": str(tmp_path), "PGCONNECT_TIMEOUT": "2"})
+    done = called(*arguments, check=False, cwd=tmp_path, env={"PGHOST": str(tmp_path), "PGCONNECT_TIMEOUT": "2"})
     refused(done, 1)
     assert done.stdout == ""
     assert sorted(tmp_path.rglob("*")) == before
@@ -393,17 +393,17 @@ def test_an_error_is_a_json_document_when_json_was_asked_for(tmp_path: Path, sta
 
 
 @pytest.fixture
-def plan_file(tmp_path: Path, state: Path, small: Database, cli: Command) -> Path:
+def plan_file(tmp_path: Path, state: Path, small: Database, called: Command) -> Path:
     """A saved plan with one change."""
     del state
-    cli("plan", "--dsn", small.dsn, "--out", "a.plan", cwd=tmp_path)
+    called("plan", "--dsn", small.dsn, "--out", "a.plan", cwd=tmp_path)
     return tmp_path / "a.plan"
 
 
 ACCEPT = ["--accept", "arms_gate", "--accept", "moves_from_safe"]
 
 
-def test_a_damaged_plan_is_refused_by_every_command(plan_file: Path, small: Database, cli: Command) -> None:
+def test_a_damaged_plan_is_refused_by_every_command(plan_file: Path, small: Database, called: Command) -> None:
     data = plan_file.read_bytes()
     chance = random.Random(4711)
     before = everything(small)
@@ -416,7 +416,7 @@ def test_a_damaged_plan_is_refused_by_every_command(plan_file: Path, small: Data
             ["approve", plan_file, "--as", "a", "--reason", "b", *ACCEPT],
             ["apply", plan_file, "--dsn", small.dsn, "--initialize"],
         ][number % 3]
-        lines = refused(cli(*arguments, check=False), 1)
+        lines = refused(called(*arguments, check=False), 1)
         assert re.search(r"was changed after it was written|is no plan|has format", lines[0]), (at, lines)
     assert everything(small) == before
     assert [path.name for path in plan_file.parent.iterdir() if "approval" in path.name] == []
@@ -437,12 +437,12 @@ def test_a_plan_is_no_approval_and_an_approval_no_plan(plan_file: Path, small: D
     assert "gate.app.a" in cli("show", plan_file).stdout
 
 
-def test_a_damaged_approval_is_refused(plan_file: Path, small: Database, cli: Command) -> None:
-    cli("approve", plan_file, "--as", "jo", "--reason", "r", *ACCEPT)
+def test_a_damaged_approval_is_refused(plan_file: Path, small: Database, called: Command) -> None:
+    called("approve", plan_file, "--as", "jo", "--reason", "r", *ACCEPT)
     approval = plan_file.with_name("a.plan.jo.approval.json")
     approval.write_text(approval.read_text().replace('"jo"', '"me"'))
     before = everything(small)
-    lines = refused(cli("apply", plan_file, "--dsn", small.dsn, "--initialize", check=False), 1)
+    lines = refused(called("apply", plan_file, "--dsn", small.dsn, "--initialize", check=False), 1)
     assert "was changed after it was written" in lines[0]
     assert everything(small) == before
 
@@ -461,26 +461,26 @@ def test_a_damaged_approval_is_refused(plan_file: Path, small: Database, cli: Co
         (["--as", "\udcff", "--reason", "r", *ACCEPT, "--out", "x.json"], "is not UTF-8"),
     ],
 )
-def test_an_approval_that_is_not_given(plan_file: Path, cli: Command, options: list[str], message: str) -> None:
+def test_an_approval_that_is_not_given(plan_file: Path, called: Command, options: list[str], message: str) -> None:
     folder = plan_file.parent
-    done = cli("approve", plan_file, *options, check=False, cwd=folder)
+    done = called("approve", plan_file, *options, check=False, cwd=folder)
     assert message in refused(done, 4 if message.startswith("Hazards") else 1)[0]
     assert [path.name for path in folder.iterdir() if path.suffix == ".json"] == []
 
 
 @pytest.mark.parametrize("out", ["none/a.plan", "state/gates.yaml/a.plan"])
-def test_a_plan_that_cannot_be_written(tmp_path: Path, state: Path, small: Database, cli: Command, out: str) -> None:
+def test_a_plan_that_cannot_be_written(tmp_path: Path, state: Path, small: Database, called: Command, out: str) -> None:
     before = sorted(state.rglob("*"))
-    lines = refused(cli("plan", "--dsn", small.dsn, "--out", out, check=False, cwd=tmp_path), 1)
+    lines = refused(called("plan", "--dsn", small.dsn, "--out", out, check=False, cwd=tmp_path), 1)
     assert lines[0].startswith(f"Error: Cannot write {out}: ")
     assert sorted(state.rglob("*")) == before
 
 
 def test_nothing_is_left_of_a_plan_that_an_invariant_blocks(
-    tmp_path: Path, state: Path, small: Database, cli: Command
+    tmp_path: Path, state: Path, small: Database, called: Command
 ) -> None:
     states.write(state, {"i.yaml": "invariants: {i: {extensions: {exactly: []}}}\n"})
-    done = cli("plan", "--dsn", small.dsn, "--out", "a.plan", check=False, cwd=tmp_path)
+    done = called("plan", "--dsn", small.dsn, "--out", "a.plan", check=False, cwd=tmp_path)
     assert "Not written: a.plan. An invariant blocks this plan." in refused(done, 3)
     assert not (tmp_path / "a.plan").exists()
 
@@ -489,7 +489,7 @@ def test_nothing_is_left_of_a_plan_that_an_invariant_blocks(
 
 
 def test_everything_that_the_live_state_forbids_is_named_at_once(
-    tmp_path: Path, state: Path, small: Database, cli: Command
+    tmp_path: Path, state: Path, small: Database, called: Command
 ) -> None:
     small.execute("""
         INSERT INTO public.settings VALUES ('app.phase', 'third'), ('app.null', NULL);
@@ -511,7 +511,7 @@ def test_everything_that_the_live_state_forbids_is_named_at_once(
         },
     )
     before = everything(small)
-    done = cli("plan", "--dsn", small.dsn, "--out", "a.plan", check=False, cwd=tmp_path)
+    done = called("plan", "--dsn", small.dsn, "--out", "a.plan", check=False, cwd=tmp_path)
     one = "it must give exactly one value"
     assert refused(done, 4) == [
         "Error: The live database does not allow what the files want.",
@@ -523,7 +523,7 @@ def test_everything_that_the_live_state_forbids_is_named_at_once(
         "Nothing was changed. Correct the files, or find out who changed the database and why.",
     ]
     assert not (tmp_path / "a.plan").exists()
-    document = json.loads(cli("plan", "--dsn", small.dsn, "--format", "json", check=False, cwd=tmp_path).stdout)
+    document = json.loads(called("plan", "--dsn", small.dsn, "--format", "json", check=False, cwd=tmp_path).stdout)
     assert (document["outcome"], len(document["errors"])) == ("stale", 6)
     assert everything(small) == before
 
@@ -543,29 +543,29 @@ def test_everything_that_the_live_state_forbids_is_named_at_once(
     ],
 )
 def test_a_database_that_is_another(
-    tmp_path: Path, state: Path, small: Database, cli: Command, sql: str, message: str
+    tmp_path: Path, state: Path, small: Database, called: Command, sql: str, message: str
 ) -> None:
     del state
     small.execute(sql)
     for command in ("plan", "drift"):
-        lines = refused(cli(command, "--dsn", small.dsn, check=False, cwd=tmp_path), 1)
+        lines = refused(called(command, "--dsn", small.dsn, check=False, cwd=tmp_path), 1)
         assert lines[0].startswith(f"Error: {message}")
 
 
 def test_a_schema_that_only_has_the_name_of_the_ledger(
-    tmp_path: Path, state: Path, small: Database, cli: Command
+    tmp_path: Path, state: Path, small: Database, called: Command
 ) -> None:
     del state
     small.execute("CREATE SCHEMA reconciler")
     for command in ("plan", "drift"):
-        lines = refused(cli(command, "--dsn", small.dsn, check=False, cwd=tmp_path), 4)
+        lines = refused(called(command, "--dsn", small.dsn, check=False, cwd=tmp_path), 4)
         assert lines[0] == "Error: Schema reconciler exists, but it is not the ledger of this program."
 
 
-def test_a_target_that_is_another_database(tmp_path: Path, state: Path, small: Database, cli: Command) -> None:
+def test_a_target_that_is_another_database(tmp_path: Path, state: Path, small: Database, called: Command) -> None:
     text = states.GOVERNANCE.replace("{main: {}}", "{main: {database: production}}")
     states.write(state, {"governance.yaml": text})
-    lines = refused(cli("plan", "--dsn", small.dsn, check=False, cwd=tmp_path), 1)
+    lines = refused(called("plan", "--dsn", small.dsn, check=False, cwd=tmp_path), 1)
     assert lines[0] == f"Error: Target main is database production, but this connection is to {small.name}."
 
 
@@ -573,10 +573,10 @@ def test_a_target_that_is_another_database(tmp_path: Path, state: Path, small: D
 
 
 def test_plan_as_json_has_every_key_that_is_promised(
-    tmp_path: Path, state: Path, small: Database, cli: Command
+    tmp_path: Path, state: Path, small: Database, called: Command
 ) -> None:
     del state
-    document = json.loads(cli("plan", "--dsn", small.dsn, "--format", "json", cwd=tmp_path).stdout)
+    document = json.loads(called("plan", "--dsn", small.dsn, "--format", "json", cwd=tmp_path).stdout)
     assert [key for key in KEYS if key not in document] == []
     assert (document["format_version"], document["outcome"]) == ("1.0", "changes")
     assert sorted(document["state"]) == ["name", "release", "source_digest"]
@@ -592,9 +592,9 @@ def test_plan_as_json_has_every_key_that_is_promised(
     assert re.fullmatch(r"[0-9a-f]{64}", document["effect_digest"])
 
 
-def test_validate_as_json(tmp_path: Path, state: Path, cli: Command) -> None:
+def test_validate_as_json(tmp_path: Path, state: Path, called: Command) -> None:
     del state
-    done = cli("validate", "--format", "json", cwd=tmp_path)
+    done = called("validate", "--format", "json", cwd=tmp_path)
     assert json.loads(done.stdout) == {"format_version": "1.0", "outcome": "no_changes", "errors": []}
 
 
@@ -693,8 +693,8 @@ def test_what_init_writes_can_be_applied(tmp_path: Path, db: Database, cli: Comm
                 conn.execute(f"DROP ROLE IF EXISTS {role}".encode())
 
 
-def test_the_schema_is_printed_as_json(cli: Command) -> None:
-    document = json.loads(cli("schema").stdout)
+def test_the_schema_is_printed_as_json(called: Command) -> None:
+    document = json.loads(called("schema").stdout)
     assert document["$schema"].startswith("https://json-schema.org/")
     sections = ["functions", "gates", "governance", "invariants", "markers", "pins", "proofs", "surface"]
     assert sorted(document["properties"]) == sections

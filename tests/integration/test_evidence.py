@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -54,9 +55,26 @@ SECTIONS = (
 )
 
 
+class Run(NamedTuple):
+    """A run that was committed: whose it was, its evidence, and what the command printed."""
+
+    phase2: Phase2
+    place: Path
+    done: subprocess.CompletedProcess[str]
+
+
 @pytest.fixture
 def phase2(dieu45: Database, tmp_path: Path) -> Phase2:
     return Phase2(dieu45, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def committed(dieu45_shared: Database, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One run for all who read what it left."""
+    phase2 = Phase2(dieu45_shared, tmp_path_factory.mktemp("committed"))
+    phase2.approve("Phase 2, as decided")
+    place = phase2.folder / "run"
+    return Run(phase2, place, phase2.apply("--evidence", place))
 
 
 def sums_hold(folder: Path) -> bool:
@@ -67,10 +85,8 @@ def sums_hold(folder: Path) -> bool:
     return done.returncode == 0 and listed == there - {"SHA256SUMS"}
 
 
-def test_the_evidence_of_phase_2(phase2: Phase2) -> None:
-    phase2.approve("Phase 2, as decided")
-    place = phase2.folder / "run"
-    done = phase2.apply("--evidence", place)
+def test_the_evidence_of_phase_2(committed: Run) -> None:
+    phase2, place, done = committed
     assert f"Evidence: {place}" in done.stderr.splitlines()
     assert "Applied, but" not in done.stdout
 
@@ -122,11 +138,10 @@ def test_the_evidence_of_phase_2(phase2: Phase2) -> None:
     ]
 
 
-def test_the_ledger_entry_checks_without_the_database(phase2: Phase2) -> None:
-    phase2.approve()
-    phase2.apply("--evidence", phase2.folder / "run")
-    entry = json.loads((phase2.folder / "run/ledger-entry.json").read_text())
-    found = json.loads((phase2.folder / "run/evidence.json").read_text())
+def test_the_ledger_entry_checks_without_the_database(committed: Run) -> None:
+    phase2, place, _ = committed
+    entry = json.loads((place / "ledger-entry.json").read_text())
+    found = json.loads((place / "evidence.json").read_text())
     ((stored,),) = phase2.db.execute("SELECT hash FROM reconciler.entry")
     text = entry["previous"] + canonical(entry["body"]).decode()
     assert hashlib.sha256(text.encode()).hexdigest() == entry["hash"] == found["hash"] == stored
@@ -134,10 +149,8 @@ def test_the_ledger_entry_checks_without_the_database(phase2: Phase2) -> None:
     assert entry["body"]["run_id"] == found["run_id"]
 
 
-def test_what_the_report_says(phase2: Phase2) -> None:
-    phase2.approve()
-    place = phase2.folder / "run"
-    phase2.apply("--evidence", place)
+def test_what_the_report_says(committed: Run) -> None:
+    place = committed.place
     report = (place / "report.md").read_text()
     headings = [line.lstrip("# ") for line in report.splitlines() if re.match("#{2,3} ", line)]
     assert [name for name in SECTIONS if not any(heading.startswith(name) for heading in headings)] == []
@@ -163,11 +176,9 @@ def test_what_the_report_says(phase2: Phase2) -> None:
     assert page.count('<table class="weak"') == 1
 
 
-def test_statements_can_be_read_as_a_script(phase2: Phase2) -> None:
-    phase2.approve()
-    phase2.apply("--evidence", phase2.folder / "run")
-    script = (phase2.folder / "run/statements.sql").read_text()
-    found = json.loads((phase2.folder / "run/evidence.json").read_text())
+def test_statements_can_be_read_as_a_script(committed: Run) -> None:
+    script = (committed.place / "statements.sql").read_text()
+    found = json.loads((committed.place / "evidence.json").read_text())
     assert script.startswith(f"-- Run {found['run_id']}: committed in transaction {found['transaction_id']}.\n")
     total = found["statements"]
     heads = re.findall(rf"^-- (\d+) of {total}: (\S.*), \d+\.\d{{6}} s$", script, re.MULTILINE)
@@ -177,10 +188,9 @@ def test_statements_can_be_read_as_a_script(phase2: Phase2) -> None:
 
 
 @pytest.mark.parametrize("form", ["text", "json", "markdown", "html"])
-def test_show_renders_it_again(phase2: Phase2, form: str) -> None:
-    phase2.approve()
-    place = phase2.folder / "run"
-    phase2.apply("--evidence", place)
+def test_show_renders_it_again(committed: Run, tmp_path: Path, form: str) -> None:
+    phase2, place = committed.phase2, tmp_path / "run"
+    shutil.copytree(committed.place, place)
     shown = phase2.run("show", place, "--format", form).stdout
     assert phase2.run("show", place / "evidence.json", "--format", form).stdout == shown
     if form == "json":

@@ -121,6 +121,7 @@ def test_the_purge_works_once_it_is_armed(shop: Database) -> None:
     assert shop.execute('SELECT cart_id FROM "Shop Control".cart') == [(3,)]
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_leaves_nothing_behind() -> None:
     done = shell("examples/feature-flags/demo.sh")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -151,30 +152,34 @@ def edit(state: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def test_a_value_in_another_spelling_than_the_stored_one_is_refused(cli: Command, shop: Database, state: Path) -> None:
+def test_a_value_in_another_spelling_than_the_stored_one_is_refused(
+    called: Command, shop: Database, state: Path
+) -> None:
     edit(state, """value: '{"items": 50, "currency": "EUR"}'""", """value: '{"currency":"EUR","items":50}'""")
     edit(state, "safe: 'false'", "safe: ' false'")
-    done = cli("plan", "-s", state, "--dsn", shop.dsn, check=False)
+    done = called("plan", "-s", state, "--dsn", shop.dsn, check=False)
     assert done.returncode == 4
     assert "the column stores ' false' as 'false'; write it as it is stored" in done.stderr
     assert """stores '{"currency":"EUR","items":50}' as '{"items": 50, "currency": "EUR"}'""" in done.stderr
 
 
-def test_a_value_that_the_column_cannot_hold_is_an_error_of_the_plan(cli: Command, shop: Database, state: Path) -> None:
+def test_a_value_that_the_column_cannot_hold_is_an_error_of_the_plan(
+    called: Command, shop: Database, state: Path
+) -> None:
     edit(state, "value: '180'", "value: '180 days'")
-    done = cli("plan", "-s", state, "--dsn", shop.dsn, check=False)
+    done = called("plan", "-s", state, "--dsn", shop.dsn, check=False)
     assert done.returncode == 1
     assert "gate.carts.max_age_days as jsonb" in done.stderr
 
 
-def test_a_column_without_equality_is_no_gate(cli: Command, shop: Database) -> None:
+def test_a_column_without_equality_is_no_gate(called: Command, shop: Database) -> None:
     shop.execute('ALTER TABLE "Shop Control".app_settings ALTER COLUMN val TYPE json')
-    done = cli("plan", "-s", STATE, "--dsn", shop.dsn, check=False)
+    done = called("plan", "-s", STATE, "--dsn", shop.dsn, check=False)
     assert done.returncode == 1
     assert 'column val of "Shop Control".app_settings is json, which has no equality' in done.stderr
 
 
-def test_gates_of_other_types(cli: Command, db: Database, tmp_path: Path) -> None:
+def test_gates_of_other_types(called: Command, db: Database, tmp_path: Path) -> None:
     db.execute('CREATE SCHEMA "Shop Control"')
     db.execute("CREATE TYPE \"Shop Control\".\"Ring\" AS ENUM ('canary', 'early')")
     kinds = {
@@ -204,9 +209,9 @@ def test_gates_of_other_types(cli: Command, db: Database, tmp_path: Path) -> Non
     # JSON is YAML.
     (tmp_path / "all.yaml").write_text(json.dumps({"governance": governance, "gates": gates}))
     common = ("-s", tmp_path, "--dsn", db.dsn)
-    cli("plan", *common, "--out", tmp_path / "one.plan")
-    cli("approve", tmp_path / "one.plan", "--as", "operator", "--reason", "a test")
-    cli("apply", tmp_path / "one.plan", "--dsn", db.dsn, "--initialize")
+    called("plan", *common, "--out", tmp_path / "one.plan")
+    called("approve", tmp_path / "one.plan", "--as", "operator", "--reason", "a test")
+    called("apply", tmp_path / "one.plan", "--dsn", db.dsn, "--initialize")
     for number, (_, after) in enumerate(kinds.values()):
         assert db.execute(f'SELECT DISTINCT value::text FROM "Shop Control"."Switch {number}"') == [(after,)]
-    assert cli("plan", *common, "--detailed-exitcode").returncode == 0
+    assert called("plan", *common, "--detailed-exitcode").returncode == 0

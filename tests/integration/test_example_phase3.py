@@ -99,7 +99,7 @@ def count(database: Database) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def release(
-    server: Server, new_name: Callable[[], str], cli: Command, tmp_path_factory: pytest.TempPathFactory
+    server: Server, new_name: Callable[[], str], called: Command, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Release]:
     """The light baseline, Phase 2, Phase 3; what worker may read of the cursor is granted as the README says."""
     database = Database(server, new_name())
@@ -110,14 +110,14 @@ def release(
     database.execute("DROP EXTENSION IF EXISTS pgcrypto")  # target sandbox has none
 
     def apply(state: Path, file: Path, *more: str) -> str:
-        cli("plan", "-t", "sandbox", "-s", state, "--dsn", database.dsn, "--out", file)
+        called("plan", "-t", "sandbox", "-s", state, "--dsn", database.dsn, "--out", file)
         plan = json.loads(file.read_text())
         hazards = sorted({hazard for change in plan["setup"] + plan["changes"] for hazard in change["hazards"]})
         accepted = [word for hazard in hazards for word in ("--accept", hazard)]
         claims = [one["address"] for one in plan["invariants"] if one["missing"] == "attestation"]
         accepted += [word for claim in claims for word in ("--attest", claim.partition(".")[2])]
-        cli("approve", file, "--as", "operator", "--reason", "a test", *accepted)
-        return cli("apply", file, "--dsn", database.dsn, *more).stdout
+        called("approve", file, "--as", "operator", "--reason", "a test", *accepted)
+        return called("apply", file, "--dsn", database.dsn, *more).stdout
 
     apply(STATE, files / "phase2.plan", "--initialize")
     before, gates = count(database), database.execute(SHUT, [[SUBSTRATE, "queue.worker.enabled"]])
@@ -164,18 +164,19 @@ def test_substrate_and_worker_stay_shut_and_were_not_even_touched(release: Relea
 
 
 @pytest.mark.smoke
-def test_planned_again_phase_3_is_empty_and_phase_2_is_refused(release: Release, cli: Command) -> None:
+def test_planned_again_phase_3_is_empty_and_phase_2_is_refused(release: Release, called: Command) -> None:
     common = ("-t", "sandbox", "--dsn", release.database.dsn)
-    again = cli("plan", "-s", PHASE_3, *common, "--detailed-exitcode")
+    again = called("plan", "-s", PHASE_3, *common, "--detailed-exitcode")
     assert "No changes. The database matches the desired state." in again.stdout.splitlines()
-    older = cli("plan", "-s", STATE, *common, check=False)
+    older = called("plan", "-s", STATE, *common, check=False)
     assert older.returncode == 4
     assert "would move back to 'phase2_governance'" in older.stderr
-    drift = cli("drift", "-s", PHASE_3, *common, "--fail-on", "stale_heartbeat", check=False)
+    drift = called("drift", "-s", PHASE_3, *common, "--fail-on", "stale_heartbeat", check=False)
     assert drift.returncode == 2
     assert re.findall(r"marker\.(\w+): stale_heartbeat", drift.stdout) == [CALLER, WORKER]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme(dieu45: Database) -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```$", (PHASE_3 / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     # The first block starts a sandbox; here the database is the test's own.

@@ -101,6 +101,14 @@ def job(dieu45: Database, tmp_path: Path) -> Job:
     return Job(dieu45, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def applied(dieu45_shared: Database, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Phase 2 has been applied; whoever breaks something mends it."""
+    job = Job(dieu45_shared, tmp_path_factory.mktemp("applied"))
+    job.phase2()
+    return job
+
+
 @pytest.mark.smoke
 def test_the_main_job_at_full_size(cli: Command, dieu45_full: Database, tmp_path: Path) -> None:
     job = Job(dieu45_full, tmp_path, cli)
@@ -215,8 +223,8 @@ def test_apply_plan_again_and_apply_again(job: Job) -> None:
     assert governed.image(job.db) == before
 
 
-def test_a_ledger_named_in_the_files(job: Job) -> None:
-    job.phase2()
+def test_a_ledger_named_in_the_files(applied: Job, tmp_path: Path) -> None:
+    job = Job(applied.db, tmp_path)
     ((genesis,),) = job.db.execute("SELECT hash FROM reconciler.entry")
     job.edit("governance.yaml", "    sandbox:\n", f"    sandbox:\n      ledger: {genesis}\n")
     if job.target == "here":
@@ -325,22 +333,21 @@ def test_a_passive_marker_changed_by_hand_is_a_finding(job: Job) -> None:
     ],
     ids=["gate", "gate gone", "grant", "security"],
 )
-def test_drift_comes_and_goes(job: Job, address: str, break_: str, mend: str) -> None:
-    job.phase2()
-    assert "No drift" in job.drift()
-    job.db.execute(break_)
-    report = job.report(code=2)
+def test_drift_comes_and_goes(applied: Job, address: str, break_: str, mend: str) -> None:
+    assert "No drift" in applied.drift()
+    applied.db.execute(break_)
+    report = applied.report(code=2)
     assert report["outcome"] == "drift"
     assert ([moved["address"] for moved in report["drift"]], report["pending"]) == ([address], [])
-    shown = job.drift(code=2)
+    shown = applied.drift(code=2)
     assert f" {address}  (changed since the last apply)" in shown
     assert "Drift: 1 object changed, 0 pending." in shown.splitlines()
-    plan = job.plan()
+    plan = applied.plan()
     assert "Note: objects have changed outside of reconciler since the last apply:" in plan.splitlines()
     assert "overwrites_drift" in plan
-    job.db.execute(mend)
-    assert "No drift" in job.drift()
-    assert NO_CHANGES in job.plan()
+    applied.db.execute(mend)
+    assert "No drift" in applied.drift()
+    assert NO_CHANGES in applied.plan()
 
 
 def test_drift_is_put_back_by_an_apply(job: Job) -> None:

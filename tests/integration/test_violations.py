@@ -48,17 +48,22 @@ def said(violation: Violation) -> list[str]:
 PERSONS_WORD = {"F02-no-worker-started", "F10-start-here", "F11-law-text"}
 
 
-@pytest.fixture
-def phase_2(dieu45: Database) -> Database:
-    dieu45.execute("DROP EXTENSION IF EXISTS pgcrypto")  # the target sandbox has none
-    phase2.install(dieu45.conn)
-    return dieu45
+@pytest.fixture(scope="module")
+def phase_2(dieu45_shared: Database) -> Database:
+    dieu45_shared.execute("DROP EXTENSION IF EXISTS pgcrypto")  # the target sandbox has none
+    phase2.install(dieu45_shared.conn)
+    return dieu45_shared
+
+
+@pytest.fixture(scope="module")
+def wanted() -> Desired:
+    return desired.load(phase2.STATE, "sandbox")
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", sorted(phase2.declared("invariants")))
-def test_a_violation_of_every_shipped_invariant_is_seen(phase_2: Database, name: str) -> None:
-    found = tried(phase_2, desired.load(phase2.STATE, "sandbox"), name)[name]
+def test_a_violation_of_every_shipped_invariant_is_seen(phase_2: Database, wanted: Desired, name: str) -> None:
+    found = tried(phase_2, wanted, name)[name]
     assert found.status == ("not_tried" if name in PERSONS_WORD else "seen"), said(found)
     if name in PERSONS_WORD:
         assert "a person's word" in found.detail
@@ -66,9 +71,9 @@ def test_a_violation_of_every_shipped_invariant_is_seen(phase_2: Database, name:
         assert found.attempts[-1].outcome in {"violated", "not tried"}
 
 
-def test_what_each_shipped_form_was_put_through(phase_2: Database) -> None:
+def test_what_each_shipped_form_was_put_through(phase_2: Database, wanted: Desired) -> None:
     names = ("F01-no-pg-cron", "F03-no-outbox-write", "F13-worker-off", "extension-set", "no-blank-actor")
-    found = tried(phase_2, desired.load(phase2.STATE, "sandbox"), *names)
+    found = tried(phase_2, wanted, *names)
     assert [attempt.outcome for attempt in found["F01-no-pg-cron"].attempts] == ["violated"] * 4 + ["not tried"]
     assert "pg_cron added to shared_preload_libraries: not tried" in found["F01-no-pg-cron"].detail
     outbox = "public.event_outbox"
