@@ -569,7 +569,7 @@ def lacks_line(found: Privileges) -> str:
     number = f"{len(found.missing)} of these {len(found.needed)}"
     if len(found.missing) == 1:
         number = found.missing[0].words
-    return f"This plan was made as role {found.role}, which lacks {number}: an apply needs another role."
+    return f"Role {found.role}, which made this plan, lacks {number}: apply as a role that has all of it."
 
 
 def patience(found: Plan) -> str:
