@@ -118,12 +118,12 @@ def shown(conn: pg.Connection, desired: Desired, plan: Plan) -> Plan:
 def check(conn: pg.Connection, desired: Desired, plan: Plan, *, ledger_exists: bool) -> None:
     """What the role lacks that applies, all of it at once. Raises MissingPrivilege.
 
-    What only checks and the backup lack raises nothing here: a check that cannot be judged has a verdict of its own,
-    and exit code, and a program that makes a backup knows best what it may read.
+    What only invariants, the surface and the backup lack raises nothing here: a check that cannot be judged has a
+    verdict of its own, and exit code, and a program that makes a backup knows best what it may read.
     """
     found = look(conn, desired, plan, ledger_exists=ledger_exists)
     lacking = [need.words + (" (for the ledger)" if need.on == "database" else "") for need in found.missing]
-    others = {BACKUP, *desired.checks}
+    others = {BACKUP, *(check.address for check in desired.checks.values() if check.kind != "proof")}
     if any(not others.issuperset(need.addresses) for need in found.missing):
         raise MissingPrivilege(
             f"Role {found.role} lacks {lacking[0]}."

@@ -310,9 +310,11 @@ class Proof(CheckKind):
             return ()
         roles = sorted({step.as_ for step in spec.steps if step.as_ is not None})
         found = [role_need(check.address, "SET", role) for role in roles]
-        texts = [text for step in spec.steps for text in (*step.given, *(() if step.as_ else (step.when,)))]
-        found += [table_need(check.address, write.verb, write.table) for text in texts for write in writes(text)]
         for step in spec.steps:
+            # A refusal that is expected may be for want of this very privilege.
+            own = () if step.as_ is not None or any(one.raises for one in step.then) else (step.when,)
+            written = [write for text in (*step.given, *own) for write in writes(text)]
+            found += [table_need(check.address, write.verb, write.table) for write in written]
             for gate, value in step.arm.items():
                 verb = "DELETE" if value is None else "UPDATE"
                 found.append(table_need(check.address, verb, spec.stores[gate].table))
