@@ -1,7 +1,8 @@
 """What an apply must be allowed, in one list: `plan` shows it with what its role lacks, `apply` asks before it locks.
 
-The list follows from the plan. Two things only the database knows: the sequences that fill the columns which an INSERT
-leaves out, and whether calls of functions must be counted. What triggers do as the role that applies, nobody knows.
+The list follows from the plan. Three things only the database knows: the sequences that fill columns which an INSERT
+leaves out, who owns a ledger that must be upgraded, and whether calls of functions must be counted. What triggers do as
+the role that applies, nobody knows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from reconciler.checks import checks
 from reconciler.errors import MissingPrivilege
 from reconciler.kinds import kinds
 from reconciler.model import Need, Plan, Privileges, Tried
-from reconciler.parts import relation, table_need
+from reconciler.parts import relation, role_need, table_need
 from reconciler.syntax import quote_ident, writes
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def look(conn: pg.Connection, desired: Desired, plan: Plan, *, ledger_exists: bo
     What is not there yet is not missing: the plan creates it, or executing says so.
     """
     needed = needs(desired, plan, ledger_exists=ledger_exists)
-    needed += _sequences(conn, plan)
+    needed = _merged((*needed, *_ledger_owner(conn, plan), *_sequences(conn, plan)))
     missing: list[Need] = []
     for on, group in groupby(needed, lambda need: need.on):
         asked = list(group)
@@ -111,7 +112,7 @@ def shown(conn: pg.Connection, desired: Desired, plan: Plan) -> Plan:
     """The plan with `privileges`, for people to read. Raises ServerProblem."""
     if not plan.has_changes:
         return plan
-    ledger_exists = all(change.address != "ledger.reconciler" for change in plan.setup)
+    ledger_exists = all(change.address != "ledger.reconciler" or change.before is not None for change in plan.setup)
     return plan.model_copy(update={"privileges": look(conn, desired, plan, ledger_exists=ledger_exists)})
 
 
@@ -178,6 +179,14 @@ def _may_call(conn: pg.Connection, desired: Desired, need: Need) -> bool | None:
     return pg.rows(conn, _IS_ANY, (sorted(grantees),), doing="looking what this role is a member of")[0]["may"]
 
 
+def _ledger_owner(conn: pg.Connection, plan: Plan) -> tuple[Need, ...]:
+    """A ledger of an earlier version is upgraded by whoever is as good as its owner, or by a DBA beforehand."""
+    if not any(change.address == "ledger.reconciler" and change.before is not None for change in plan.setup):
+        return ()
+    found = pg.rows(conn, _LEDGER_OWNER, doing="looking for the ledger")
+    return tuple(role_need("ledger.reconciler", "USAGE", row["owner"]) for row in found)
+
+
 def _sequences(conn: pg.Connection, plan: Plan) -> tuple[Need, ...]:
     """The sequences behind columns that an INSERT leaves to their default; identity columns need nothing."""
     found: list[Need] = []
@@ -187,7 +196,7 @@ def _sequences(conn: pg.Connection, plan: Plan) -> tuple[Need, ...]:
         for row in pg.rows(conn, _SEQUENCES, (*relation(write.table), list(write.columns)), "looking for sequences"):
             name = f"{quote_ident(row['schema'])}.{quote_ident(row['name'])}"
             found.append(Need(privilege="USAGE", on="sequence", name=name, addresses=(address,)))
-    return _merged(found)
+    return tuple(found)
 
 
 def _triggers(conn: pg.Connection, plan: Plan) -> tuple[str, ...]:
@@ -254,6 +263,12 @@ SELECT pg_catalog.has_function_privilege(p.oid, 'EXECUTE') AS may
 _IS_ANY: LiteralString = """
 SELECT coalesce(pg_catalog.bool_or(pg_catalog.pg_has_role(r.oid, 'USAGE')), false) AS may
   FROM pg_catalog.pg_roles r WHERE r.rolname = ANY (%s::pg_catalog.text[])
+"""
+
+_LEDGER_OWNER: LiteralString = """
+SELECT pg_catalog.pg_get_userbyid(c.relowner)::pg_catalog.text AS owner
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = 'reconciler' AND c.relname = 'entry'
 """
 
 _SEQUENCES: LiteralString = """
