@@ -177,7 +177,7 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired, record: 
                 f"--initialize, but {desired.name} was applied here before (entry {last.entry.number}).",
                 hint="Leave the option out.",
             )
-        capabilities.check(conn, plan, target, ledger_exists=last.exists)
+        capabilities.check(conn, desired, plan, ledger_exists=last.exists)
         if request.rehearsal is not None:
             carried.same_schema(conn, request.rehearsal)
         policy = last.policy or desired.policy

@@ -175,7 +175,7 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
       reconciler plan --out phase2.plan --detailed-exitcode
     """
     from reconciler import approve as approvals
-    from reconciler import desired, drift, obstacles, pg
+    from reconciler import capabilities, desired, drift, obstacles, pg
     from reconciler import plan as plans
     from reconciler.errors import UsageError
     from reconciler.render import text
@@ -189,7 +189,8 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
         with pg.snapshot(conn):
             found = survey(conn, wanted)
             moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
-            made = obstacles.shown(conn, wanted, found.plan(datetime.now(UTC), moved.drift))
+            made = found.plan(datetime.now(UTC), moved.drift)
+            made = capabilities.shown(conn, wanted, obstacles.shown(conn, wanted, made))
     shown = made if given["show_values"] else plans.masked(made)
     if given["form"] == "text":
         click.echo(text.plan(shown, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
@@ -696,7 +697,7 @@ def revert(ctx: click.Context, /, entry: str, **given: Any) -> None:  # noqa: AN
     """
     if given["prove"]:
         ctx.exit(_prove_revert(Path(entry), given))
-    from reconciler import desired, drift, ledger, live, obstacles, pg
+    from reconciler import capabilities, desired, drift, ledger, live, obstacles, pg
     from reconciler import revert as undoing
     from reconciler.errors import UsageError
     from reconciler.render import text
@@ -722,7 +723,8 @@ def revert(ctx: click.Context, /, entry: str, **given: Any) -> None:  # noqa: AN
             wanted = undoing.declarations(undoing.of_entry(undone, before, last.entry), files)
             found = survey(conn, wanted)
             moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
-            made = obstacles.shown(conn, wanted, found.plan(datetime.now(UTC), moved.drift))
+            made = found.plan(datetime.now(UTC), moved.drift)
+            made = capabilities.shown(conn, wanted, obstacles.shown(conn, wanted, made))
     if given["form"] == "text":
         click.echo(text.plan(made, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
     else:

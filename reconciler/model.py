@@ -510,6 +510,47 @@ class Locks(Model):
     not_seen: tuple[str, ...]
 
 
+class Need(Model):
+    """One thing that must be allowed for an apply. Informative: no digest covers it.
+
+    `on` and `name`: a role (SET: membership with SET in it; USAGE: what it may, as a member that inherits), a schema, a
+    table, a function by its schema and name, a sequence, the database, a parameter; `everything` is every table that a
+    dump reads. `role`: who needs it; None is the role that applies. `addresses`: what for.
+    """
+
+    privilege: str
+    on: Literal["role", "schema", "table", "function", "sequence", "database", "parameter", "everything"]
+    name: str
+    role: str | None = None
+    addresses: tuple[Address, ...]
+
+    @property
+    def words(self) -> str:
+        """What it is, as an error says it."""
+        match self.on:
+            case "role":
+                return f"membership with {'SET' if self.privilege == 'SET' else 'INHERIT'} in role {self.name}"
+            case "table":
+                what = f"{self.privilege} on {self.name}"
+            case "everything":
+                what = f"{self.privilege} on {self.name} (pg_read_all_data)"
+            case _:
+                what = f"{self.privilege} on {self.on} {self.name}"
+        return f"{what} for role {self.role}" if self.role is not None else what
+
+
+class Privileges(Model):
+    """What an apply needs, and what of it the role lacked with which the plan was made; often not the one that applies.
+
+    `not_seen`: what nobody can tell beforehand.
+    """
+
+    role: str
+    needed: tuple[Need, ...]
+    missing: tuple[Need, ...]
+    not_seen: tuple[str, ...]
+
+
 class Summary(Model):
     """The numbers of the `Plan:` line."""
 
@@ -549,6 +590,8 @@ class Plan(Model):
     not_compared: tuple[NotCompared, ...]
     locks: Locks | None = None
     """What `reconciler plan` saw of locks; None where nobody looked."""
+    privileges: Privileges | None = None
+    """What an apply needs, and what `reconciler plan` lacked of it; None where nobody looked."""
     summary: Summary
     effects_digest: str
     effect_digest: str
@@ -593,11 +636,15 @@ class Plan(Model):
         return tuple(statement for change in (*self.setup, *self.changes) for statement in change.statements)
 
     @property
-    def backup(self) -> BackupPolicy:
-        """What an apply of it backs up: by the installed policy, which stands here where the files say another one."""
+    def policy(self) -> Policy:
+        """What an apply of it goes by: the installed policy, which stands here where the files say another one."""
         policies = [change.before for change in self.setup if change.kind == "policy" and change.before is not None]
-        policy = policies[0] if policies else self.desired["policy"]
-        return ApplyPolicy.model_validate_json(canonical(policy["apply"])).backup
+        return Policy.model_validate_json(canonical(policies[0] if policies else self.desired["policy"]))
+
+    @property
+    def backup(self) -> BackupPolicy:
+        """What an apply of it backs up."""
+        return self.policy.apply.backup
 
     @property
     def has_changes(self) -> bool:

@@ -73,8 +73,7 @@ def _needed(conn: pg.Connection, desired: Desired, changes: Iterable[Change]) ->
             waits="another apply of the same name",
         )
     ]
-    query = "SELECT pg_catalog.to_regclass('reconciler.entry') IS NOT NULL AS there"
-    if pg.rows(conn, query)[0]["there"]:
+    if pg.rows(conn, _LEDGER, doing="looking for the ledger")[0]["there"]:
         found.append(table_lock("ledger.entry", "reconciler.entry"))
     for change in sorted(changes, key=lambda change: change.address):
         if "forget" not in change.actions:
@@ -190,6 +189,12 @@ def _named(conn: pg.Connection, met: Sequence[_Met]) -> tuple[Obstacle, ...]:
         )
     return tuple(sorted(found, key=lambda one: (not one.certain, one.address, one.place, one.pid or 0)))
 
+
+# By the catalog: to_regclass raises for who may not use the schema.
+_LEDGER: LiteralString = """
+SELECT EXISTS (SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                WHERE n.nspname = 'reconciler' AND c.relname = 'entry') AS there
+"""
 
 _MAY: LiteralString = """
 SELECT pg_catalog.has_table_privilege('pg_catalog.pg_locks', 'SELECT') AS locks,

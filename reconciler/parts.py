@@ -12,12 +12,12 @@ from psycopg import sql
 
 from reconciler import pg
 from reconciler.errors import MissingPrivilege, ServerProblem, Stale
-from reconciler.model import Address, Change, Declared, GateStore, JsonObject, Lock, Model, Policy, Statement
+from reconciler.model import Address, Change, Declared, GateStore, JsonObject, Lock, Model, Need, Policy, Statement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
-    from typing import LiteralString
+    from typing import Literal, LiteralString
 
 
 class Complaint(NamedTuple):
@@ -219,6 +219,37 @@ def row_lock(change: Change, name: str, key: Mapping[str, str]) -> Lock:
         mode = "FOR UPDATE" if change.after is None else "FOR NO KEY UPDATE"
         waits = "who changes or deletes this row"
     return Lock(address=change.address, mode=mode, on="row", name=name, key=dict(key), waits=waits)
+
+
+def table_need(address: Address, privilege: str, name: str) -> Need:
+    """A privilege on a table, for the role that applies."""
+    return Need(privilege=privilege, on="table", name=name, addresses=(address,))
+
+
+def write_needs(change: Change) -> tuple[Need, ...]:
+    """What it takes to lock and write the one row of a change."""
+    table: str = (change.after or change.before or {})["table"]
+    verbs = ["INSERT"] if change.before is None else ["UPDATE"]
+    if change.after is None:
+        verbs.append("DELETE")  # FOR UPDATE, by which the row is locked, asks for the other one
+    return tuple(table_need(change.address, verb, table) for verb in verbs)
+
+
+def role_need(address: Address, privilege: Literal["SET", "USAGE"], name: str) -> Need:
+    """Membership in a role, for the role that applies: to become it, or to have what it may."""
+    return Need(privilege=privilege, on="role", name=name, addresses=(address,))
+
+
+def hidden_needs(address: Address, relations: Iterable[str]) -> tuple[Need, ...]:
+    """What it takes to see all rows and columns of the relations (`schema.name`) that a declared query reads."""
+    found: list[Need] = []
+    for name in relations:
+        role = _HIDING.get(name)
+        if role is not None:
+            found.append(role_need(address, "USAGE", role))
+        elif relation(name)[0] not in SYSTEM_SCHEMAS:
+            found.append(table_need(address, "SELECT", name))
+    return tuple(found)
 
 
 def mentioned(conn: pg.Connection, name: str, retired: Sequence[Declared]) -> list[str]:

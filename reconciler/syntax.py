@@ -7,7 +7,7 @@ their names, and takes every other type as it is written: with its schema.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from google.protobuf.message import DecodeError
 from postgast import PgQueryError, parse, scan, walk
@@ -159,6 +159,34 @@ def single(text: str) -> tuple[Statement | None, list[Trouble]]:
         message = f"exactly one statement is allowed here, this is the second of {len(statements)}"
         troubles = [at(text, statements[1].start, message)]
     return (None, troubles) if troubles else (statements[0], [])
+
+
+class Write(NamedTuple):
+    """A table that a statement writes to, as `schema.table`, how, and for INSERT the columns that it names."""
+
+    verb: Literal["INSERT", "UPDATE", "DELETE"]
+    table: str
+    columns: tuple[str, ...] = ()
+
+
+def writes(text: str) -> tuple[Write, ...]:
+    """What the statements of `text` write to, by their parse trees. A table without its schema is left out."""
+    found: list[Write] = []
+    for statement in statements_of(text)[0]:
+        for _, node in walk(statement.node):
+            if not isinstance(node, pb.InsertStmt | pb.UpdateStmt | pb.DeleteStmt) or not node.relation.schemaname:
+                continue
+            table = f"{quote_ident(node.relation.schemaname)}.{quote_ident(node.relation.relname)}"
+            match node:
+                case pb.InsertStmt():
+                    found.append(Write("INSERT", table, tuple(column.res_target.name for column in node.cols)))
+                    if node.HasField("on_conflict_clause") and node.on_conflict_clause.target_list:
+                        found.append(Write("UPDATE", table))
+                case pb.UpdateStmt():
+                    found.append(Write("UPDATE", table))
+                case _:
+                    found.append(Write("DELETE", table))
+    return tuple(found)
 
 
 def expression_of(text: str) -> tuple[pb.Node | None, list[Trouble]]:

@@ -164,6 +164,14 @@ def uncounted(conn: Connection) -> tuple[str, str] | None:
     )
 
 
+def countable(conn: Connection) -> bool | None:
+    """May this role have calls of OUTSIDE counted, or are they? None: this database has no such function."""
+    if not calls(conn):
+        return None
+    row = _tracking(conn)
+    return row["tracked"] or row["may"]
+
+
 def _tracking(conn: Connection) -> dict[str, Any]:
     query = _TRACKING if conn.info.server_version >= 150_000 else _TRACKING_14
     return pg.rows(conn, query, doing="looking whether calls are counted")[0]

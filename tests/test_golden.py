@@ -205,6 +205,9 @@ def as_json(text: str, database: str) -> str:
             change["statements"] = ["LEDGER"]
     for finding in document["findings"]:
         finding["message"] = re.sub(r" is \d+ s old", " is SECONDS s old", finding["message"])
+    for need in (document["privileges"] or {"needed": []})["needed"]:
+        if need["on"] == "database":
+            need["name"] = "DATABASE"
     for entry in document["not_compared"]:
         entry["count"] = 0
     del document["desired"]  # everything declared; effects_digest, which stays, is made of it

@@ -6,14 +6,15 @@ A new check is a new module in this folder with a `CHECK`; `desired` and `live` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
-from reconciler.parts import Complaint, Context, discover
+from reconciler.allowlist import check_query
+from reconciler.parts import Complaint, Context, discover, hidden_needs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from reconciler.model import Asked, Check, Declared, Json, Model, Verdict
+    from reconciler.model import Asked, Check, Declared, Json, Model, Need, Verdict
     from reconciler.pg import Connection
 
 
@@ -47,6 +48,14 @@ class CheckKind(ABC):
         """At BEGIN of an apply, under the locks: what `run` must compare with just before COMMIT. Reads only."""
         return None
 
+    def needs(self, check: Check) -> tuple[Need, ...]:
+        """What the role that applies must be allowed for judging it inside an apply. Pure."""
+        return tuple(
+            need
+            for query in queries(check.spec.dump())
+            for need in hidden_needs(check.address, check_query(query).relations)
+        )
+
     def number(self, conn: Connection, check: Check, asked: Asked) -> str | None:
         """What a row of the surface is at this moment; None for every other sort of check, and for what is hidden."""
         return None
@@ -54,6 +63,19 @@ class CheckKind(ABC):
     @abstractmethod
     def run(self, conn: Connection, check: Check, asked: Asked) -> Verdict:
         """Judge; only a proof may write, inside a savepoint. What the role may not see is no error but a verdict."""
+
+
+def queries(declared: Json) -> Iterator[str]:
+    """Every query inside of a declaration: what stands under the key `query`, however deep."""
+    if isinstance(declared, dict):
+        for key, value in cast("dict[str, Json]", declared).items():
+            if key == "query" and isinstance(value, str):
+                yield value
+            else:
+                yield from queries(value)
+    elif isinstance(declared, list):
+        for value in cast("list[Json]", declared):
+            yield from queries(value)
 
 
 def checks() -> dict[str, CheckKind]:

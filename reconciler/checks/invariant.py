@@ -25,11 +25,12 @@ from reconciler.checks.forms import (
     QueryInvariant,
     UntouchedInvariant,
 )
-from reconciler.model import BY_OTHERS, Asked, Check, Declared, Json, Model, Verdict, canonical, glob_regex
+from reconciler.model import BY_OTHERS, Asked, Check, Declared, Json, Model, Need, Verdict, canonical, glob_regex
 from reconciler.parts import (
     QUERY_TIMEOUT_MS,
     Complaint,
     Context,
+    hidden_needs,
     identifier,
     raw,
     relation,
@@ -88,6 +89,15 @@ class Invariant(CheckKind):
         resolved: dict[str, type[Model]] = {"gate": GateInvariantSpec, "pin": PinInvariantSpec}
         form = next(resolved.get(key, FORMS[key]) for key in FORMS if key in spec)
         return form.model_validate_json(canonical(spec))
+
+    def needs(self, check: Check) -> tuple[Need, ...]:
+        """What its queries read; the settings that preloaded libraries stand in; the gate's table."""
+        spec = check.spec
+        if isinstance(spec, ForbidInvariant) and spec.forbid.preload is not None:
+            return hidden_needs(check.address, ["pg_catalog.pg_settings"])
+        if isinstance(spec, GateInvariantSpec):
+            return hidden_needs(check.address, [spec.store.table])
+        return super().needs(check)
 
     def remember(self, conn: pg.Connection, check: Check, asked: Asked) -> Json:
         """For transitions: the row's transaction id, the relations and our own write counters, the proxy's answer."""

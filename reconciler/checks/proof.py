@@ -23,9 +23,32 @@ from reconciler import pg, transitions
 from reconciler.allowlist import AGGREGATES, FUNCTIONS, WINDOWS, check_query
 from reconciler.checks import CheckKind
 from reconciler.errors import Locked, ServerProblem
-from reconciler.model import Asked, Check, Declared, Duration, GateStore, Json, Model, Verdict, canonical, milliseconds
-from reconciler.parts import QUERY_TIMEOUT_MS, Complaint, Context, identifier, raw, relation, single_value, unreadable
-from reconciler.syntax import Trouble, at, quote_ident, single, strings
+from reconciler.model import (
+    Asked,
+    Check,
+    Declared,
+    Duration,
+    GateStore,
+    Json,
+    Model,
+    Need,
+    Verdict,
+    canonical,
+    milliseconds,
+)
+from reconciler.parts import (
+    QUERY_TIMEOUT_MS,
+    Complaint,
+    Context,
+    identifier,
+    raw,
+    relation,
+    role_need,
+    single_value,
+    table_need,
+    unreadable,
+)
+from reconciler.syntax import Trouble, at, quote_ident, single, strings, writes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
@@ -282,6 +305,26 @@ class Proof(CheckKind):
     def load(self, spec: Json) -> Model:
         """A resolved proof from JSON types."""
         return ProofSpec.model_validate_json(canonical(spec))
+
+    def needs(self, check: Check) -> tuple[Need, ...]:
+        """To become whom it acts as, to write what it is given and arms, to read what it asks. Rehearsed ones: nothing.
+
+        What a function needs that it calls is on trial.
+        """
+        spec = check.spec
+        if not isinstance(spec, ProofSpec) or spec.sessions == 2:
+            return ()
+        roles = sorted({step.as_ for step in spec.steps if step.as_ is not None})
+        found = [role_need(check.address, "SET", role) for role in roles]
+        for step in spec.steps:
+            # A refusal that is expected may be for want of this very privilege.
+            own = () if step.as_ is not None or any(one.raises for one in step.then) else (step.when,)
+            written = [write for text in (*step.given, *own) for write in writes(text)]
+            found += [table_need(check.address, write.verb, write.table) for write in written]
+            for gate, value in step.arm.items():
+                verb = "DELETE" if value is None else "UPDATE"
+                found.append(table_need(check.address, verb, spec.stores[gate].table))
+        return (*found, *super().needs(check))
 
     def run(self, conn: pg.Connection, check: Check, asked: Asked) -> Verdict:
         """Play it, when asked inside an apply."""

@@ -22,6 +22,7 @@ from reconciler.model import (
     JsonObject,
     Lock,
     Model,
+    Need,
     Statement,
     canonical,
 )
@@ -130,6 +131,10 @@ class Kind(ABC, Generic[D, S, R]):
     @abstractmethod
     def locks(self, change: Change, rules: R) -> tuple[Lock, ...]:
         """What `lock` and the statements of a change lock, for people to read beforehand. Pure."""
+
+    @abstractmethod
+    def needs(self, change: Change, rules: R) -> tuple[Need, ...]:
+        """What the role that applies, or the one a statement runs as, must be allowed for a change. Pure."""
 
     def backwards(self, before: S, rules: R, after: Json) -> R:
         """The rules under which an object may go back to `before` from `after`. Pure.

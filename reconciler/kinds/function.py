@@ -23,11 +23,12 @@ from reconciler.model import (
     JsonObject,
     Lock,
     Model,
+    Need,
     Scope,
     Statement,
     glob_regex,
 )
-from reconciler.parts import Complaint, Context, complete, mentioned, raw
+from reconciler.parts import Complaint, Context, complete, mentioned, raw, role_need
 from reconciler.sql import Arg, Routine, check_body, identity, parse_identity, parse_routine, split_identity
 from reconciler.yamltext import read_text
 
@@ -349,6 +350,28 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             return (routine,)
         waits, schema = "who drops the schema", spec.schema_name
         return (Lock(address=change.address, mode="ACCESS SHARE", on="schema", name=schema, waits=waits), routine)
+
+    def needs(self, change: Change, rules: FunctionRules) -> tuple[Need, ...]:
+        """To become whom its statements run as; and what that one needs of the schema."""
+        before = None if change.before is None else self.load(change.before)
+        after = None if change.after is None else self.load(change.after)
+        spec = after or before
+        if spec is None:
+            return ()
+        at = (change.address,)
+        roles = sorted({statement.role for statement in change.statements if statement.role is not None})
+        found = [role_need(change.address, "SET", role) for role in roles]
+        found += [
+            Need(privilege="USAGE", on="schema", name=spec.schema_name, role=role, addresses=at) for role in roles
+        ]
+        if before is not None and after is not None and before.owner != after.owner:
+            # ALTER ... OWNER TO runs as the role that applies, which must then be as good as its owner.
+            found.append(role_need(change.address, "USAGE", before.owner))
+        if after is not None and (before is None or before.owner != after.owner or _routine(before) != _routine(after)):
+            # CREATE OR REPLACE asks for it too, and a new owner must have it.
+            need = Need(privilege="CREATE", on="schema", name=after.schema_name, role=after.owner, addresses=at)
+            found.append(need)
+        return tuple(found)
 
 
 def _rewritten(spec: Model) -> dict[str, Json]:

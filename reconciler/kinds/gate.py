@@ -22,6 +22,7 @@ from reconciler.model import (
     JsonObject,
     Lock,
     Model,
+    Need,
     Statement,
     glob_regex,
 )
@@ -37,6 +38,7 @@ from reconciler.parts import (
     row_lock,
     table,
     table_lock,
+    write_needs,
 )
 
 if TYPE_CHECKING:
@@ -299,6 +301,10 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
         """The table as writing does, and the row."""
         row = change.before or change.after or {}
         return (table_lock(change.address, row["table"]), row_lock(change, row["table"], {rules.store.key: row["key"]}))
+
+    def needs(self, change: Change, rules: GateRules) -> tuple[Need, ...]:
+        """To write the row."""
+        return write_needs(change)
 
 
 def _store(name: str | None, context: Context) -> tuple[GateStore | None, Complaint]:

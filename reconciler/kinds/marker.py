@@ -23,6 +23,7 @@ from reconciler.model import (
     JsonObject,
     Lock,
     Model,
+    Need,
     Statement,
     milliseconds,
 )
@@ -31,6 +32,7 @@ from reconciler.parts import (
     Complaint,
     Context,
     complete,
+    hidden_needs,
     hold,
     hold_row,
     identifier,
@@ -42,6 +44,7 @@ from reconciler.parts import (
     table,
     table_lock,
     unreadable,
+    write_needs,
 )
 
 if TYPE_CHECKING:
@@ -322,6 +325,17 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         """The table as writing does, and the row."""
         row = change.before or change.after or {}
         return (table_lock(change.address, row["table"]), row_lock(change, row["table"], row["key"]))
+
+    def needs(self, change: Change, rules: MarkerRules) -> tuple[Need, ...]:
+        """To read what is bound, and to write the row or to call the function that does."""
+        if change.after is None:
+            return write_needs(change)
+        read = {name for bind in rules.bind.values() for name in check_query(bind.query).relations}
+        found = hidden_needs(change.address, sorted(read))
+        if rules.via is None:
+            return (*write_needs(change), *found)
+        call = Need(privilege="EXECUTE", on="function", name=rules.via.function, addresses=(change.address,))
+        return (call, *found)
 
     def settled(self, after: MarkerSpec, live: MarkerSpec | None) -> bool:
         """The row is there and its declared columns hold what was approved."""

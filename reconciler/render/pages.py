@@ -665,6 +665,7 @@ def plan(found: Plan) -> Page:
         *_open_checks(found.checks),
         *_attention(found.findings),
         *_in_the_way(found),
+        *_needed(found),
         *_left_out(found.not_compared),
     ]
     lead: list[Block] = [
@@ -706,6 +707,21 @@ def _in_the_way(found: Plan) -> list[Section]:
         blocks.append(Table("Who was in the way", ("Change", "Where", "Who", "What"), tuple(rows)))
     blocks += [Paragraph((sentence,), "note") for sentence in found.locks.not_seen]
     return [Section(f"In the way: {len(rows)}", tuple(blocks))]
+
+
+def _needed(found: Plan) -> list[Section]:
+    """What an apply must be allowed, and which of it the role that planned is."""
+    allowed = found.privileges
+    if allowed is None:
+        return []
+    rows = [
+        ((Name(need.words),), (Name(text.purposes(need)),), ("no" if need in allowed.missing else "yes",))
+        for need in allowed.needed
+    ]
+    blocks: list[Block] = [Paragraph((text.lacks_line(allowed),))]
+    blocks.append(Table("What an apply needs", ("Privilege", "For", f"Role {allowed.role} has it"), tuple(rows)))
+    blocks += [Paragraph((sentence,), "note") for sentence in allowed.not_seen]
+    return [Section(f"Privileges: {len(rows)} needed, role {allowed.role} lacks {len(allowed.missing)}", tuple(blocks))]
 
 
 def _overview(changes: Sequence[Change]) -> Table:

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
         Finding,
         Json,
         Locks,
+        Need,
         NotCompared,
         Obstacle,
         Outcome,
         Plan,
+        Privileges,
         ProofReport,
         Summary,
         Target,
@@ -70,16 +72,24 @@ def plan(found: Plan, *, colour: bool, verbose: bool) -> str:
     _verdicts(page, found.checks, verbose=verbose, to_sign=True)
     _findings(page, found.findings)
     _locks(page, found, verbose=verbose)
+    _privileges(page, found.privileges if verbose else None)
     _not_compared(page, found.not_compared, verbose=verbose)
     page.legend()
     page.line("", plan_line(found))
     page.line(checks_line(found.invariants, found.proofs, found.surface))
     if found.has_changes:
-        if found.hazards:
-            page.line(f"Hazards to accept: {', '.join(found.hazards)}.")
-        page.line(f"Backup: {backup_policy(found.backup)}.")
-        page.line(f"Effect digest: {found.effect_digest} (expires {found.expires_at})")
+        _before_apply(page, found)
     return page.text()
+
+
+def _before_apply(page: _Page, found: Plan) -> None:
+    """What an apply asks for, and what an approval is of."""
+    if found.hazards:
+        page.line(f"Hazards to accept: {', '.join(found.hazards)}.")
+    page.line(f"Backup: {backup_policy(found.backup)}.")
+    if found.privileges is not None:
+        page.line(f"Apply needs: {needs_line(found.privileges)} {lacks_line(found.privileges)}")
+    page.line(f"Effect digest: {found.effect_digest} (expires {found.expires_at})")
 
 
 def plan_line(found: Plan) -> str:
@@ -499,6 +509,67 @@ def _locks(page: _Page, found: Plan, *, verbose: bool) -> None:
             page.line(f"    {one.place}: {person(one)}; {one.holds}")
         for sentence in found.locks.not_seen:
             page.line(f"    {sentence}")
+
+
+def _privileges(page: _Page, found: Privileges | None) -> None:
+    """Everything that an apply needs, and what for; what the role lacks is marked."""
+    if found is None:
+        return
+    page.line("", f"An apply needs (looked up as role {found.role}):")
+    for need in found.needed:
+        lacks = f", which {found.role} lacks" if need in found.missing else ""
+        page.line(f"    {need.words}{lacks}  ({purposes(need)})")
+    page.line(*(f"    {sentence}" for sentence in found.not_seen))
+
+
+MOST_PURPOSES = 3
+"""Of what a privilege is for, so many are named; the rest are counted."""
+
+
+def purposes(need: Need) -> str:
+    """What it is for."""
+    named = ", ".join(need.addresses[:MOST_PURPOSES])
+    more = len(need.addresses) - MOST_PURPOSES
+    return f"{named} and {more} more" if more > 0 else named
+
+
+MOST_TABLES = 3
+"""More of them that are only read are counted."""
+
+
+def needs_line(found: Privileges) -> str:
+    """What an apply needs, in a sentence: privileges on one thing together, tables that are only read counted."""
+    by_thing: dict[tuple[str, str, str | None], list[str]] = {}
+    for need in found.needed:
+        by_thing.setdefault((need.on, need.name, need.role), []).append(need.privilege)
+    alike: dict[tuple[str, tuple[str, ...], str | None], list[str]] = {}
+    for (on, name, role), privileges in by_thing.items():
+        alike.setdefault((on, tuple(sorted(privileges)), role), []).append(name)
+    parts = [_needed(on, privileges, names, role) for (on, privileges, role), names in alike.items()]
+    return f"{'; '.join(parts) or 'nothing'}."
+
+
+def _needed(on: str, privileges: Sequence[str], names: Sequence[str], role: str | None) -> str:
+    what, where = ", ".join(privileges), ", ".join(names)
+    match on:
+        case "role":
+            return f"membership with {what.replace('USAGE', 'INHERIT')} in {where}"
+        case "table" if privileges == ("SELECT",) and len(names) > MOST_TABLES:
+            return f"{what} on {len(names)} tables"
+        case "table" | "everything":
+            return f"{what} on {where}"
+        case _:
+            return f"{what} on {on} {where}" + (f" for role {role}" if role is not None else "")
+
+
+def lacks_line(found: Privileges) -> str:
+    """Who lacks what of it: a plan is usually made by a role that may only read, and that is no fault of the plan."""
+    if not found.missing:
+        return f"Role {found.role} has all of it."
+    number = f"{len(found.missing)} of these {len(found.needed)}"
+    if len(found.missing) == 1:
+        number = found.missing[0].words
+    return f"Role {found.role}, which made this plan, lacks {number}: apply as a role that has all of it."
 
 
 def patience(found: Plan) -> str:

@@ -83,7 +83,7 @@ def states(folder: Path, db: Database) -> Path:
     shutil.copytree(STATE, copy)
     file = copy / "governance.yaml"
     text = file.read_text().replace("  targets:\n", f"  targets:\n    here: {{database: {db.name}}}\n")
-    file.write_text(text.replace("readers: [operator, planner]", f"readers: [planner_{db.name}]"))
+    file.write_text(text.replace("readers: [operator, planner, reconciler_operator]", f"readers: [planner_{db.name}]"))
     return copy
 
 
