@@ -174,7 +174,7 @@ def phase2(db: Database, folder: Path) -> Path:
 
 def shop(db: Database, folder: Path) -> Path:
     """The small governed system of the tests."""
-    system = governed.shop(db, folder)
+    system = governed.shop(db, folder, {"max_duration": "10m"})  # no look at a frozen server is part of it
     plan = system.plan()
     return system.save(plan, system.approve(plan))
 
@@ -459,14 +459,16 @@ def _told(found: str, code: int, said: str) -> list[str]:
     return wrong + [said] * bool(wrong)
 
 
-def images(one: Arena, wanted: Callable[[Moment], bool], tell: Callable[[Round], None]) -> list[Round]:
-    """One apply, and at each wanted moment what a crash would leave; for as long as an apply may stand still."""
+def images(
+    one: Arena, wanted: Callable[[Moment], bool], tell: Callable[[Round], None], still: float = STILL
+) -> list[Round]:
+    """One apply, and at each wanted moment what a crash would leave; for as many seconds as it may stand still."""
     made: list[Round] = []
     begun = time.monotonic()
 
     def watch(moment: Moment, line: Line) -> None:
         del line
-        if time.monotonic() - begun < STILL and wanted(moment):
+        if time.monotonic() - begun < still and wanted(moment):
             made.append(_image(one, moment))
             tell(made[-1])
 
