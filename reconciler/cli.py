@@ -865,7 +865,7 @@ def prove(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
 @_state_option
 @_target_option
 @_server_options
-@_output_options
+@_report_options
 @click.option("--anchor", type=click.Path(path_type=Path, dir_okay=False), help="Write the head of the chain here.")
 def history(**given: Any) -> None:  # noqa: ANN401 - as plan
     """List what was applied: every entry of the ledger.
@@ -873,7 +873,7 @@ def history(**given: Any) -> None:  # noqa: ANN401 - as plan
     \b
     Examples:
       reconciler history --dsn postgresql://auditor@db/app -t production
-      reconciler history --anchor ledger.anchor && git add ledger.anchor
+      reconciler history --anchor ledger.anchor --format markdown >> audit.md
     """
     from reconciler import verify as verifying
     from reconciler.errors import UsageError
@@ -892,12 +892,12 @@ def history(**given: Any) -> None:  # noqa: ANN401 - as plan
             recorded_at=found.entries[-1].recorded_at,
         )
         verifying.write_anchor(given["anchor"], head)
-    if given["form"] == "json":
-        _json(found)
-        return
-    from reconciler.render import text
+    if given["form"] == "text":
+        from reconciler.render import text
 
-    click.echo(text.history(found), nl=False)
+        click.echo(text.history(found), nl=False)
+    else:
+        _document(found, given["form"], "history")
 
 
 @cli.command()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from reconciler.evidence import Evidence
     from reconciler.model import Approval, Plan
     from reconciler.render.pages import Block, Page
+    from reconciler.verify import History
 
 
 def evidence(found: Evidence) -> str:
@@ -40,6 +41,11 @@ def drift(found: DriftReport) -> str:
 def approval(found: Approval) -> str:
     """An approval."""
     return render(pages.approval(found))
+
+
+def history(found: History) -> str:
+    """A ledger."""
+    return render(pages.history(found))
 
 
 def render(page: Page) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from reconciler.evidence import Evidence
     from reconciler.model import Approval, Plan
     from reconciler.render.pages import Block, Words
+    from reconciler.verify import History
 
 
 def evidence(found: Evidence) -> str:
@@ -41,6 +42,11 @@ def drift(found: DriftReport) -> str:
 def approval(found: Approval) -> str:
     """An approval."""
     return render(pages.approval(found))
+
+
+def history(found: History) -> str:
+    """A ledger, as a table."""
+    return render(pages.history(found))
 
 
 def render(page: Page) -> str:

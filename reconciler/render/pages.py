@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from reconciler.drift import DriftReport
     from reconciler.evidence import Evidence
     from reconciler.model import Approval, Change, Drift, Executed, Finding, Json, NotCompared, Plan, Scope, Verdict
+    from reconciler.verify import History
 
 
 class Name(str):  # noqa: SLOT000 - a mark on a text, nothing more
@@ -820,6 +821,28 @@ def approval(found: Approval) -> Page:
         ("Signature", ("signed" if found.signature else "not signed",)),
     )
     return Page(f"Approval {found.id}", "approval", "open", (Facts(facts),), ())
+
+
+def history(found: History) -> Page:
+    """Every entry of a ledger, the newest first."""
+    rows: list[tuple[Words, ...]] = []
+    for past in reversed(found.entries):
+        who = ", ".join(past.approvers) + (" (signed)" if past.signed else " (not signed)")
+        rows.append(
+            (
+                (str(past.number),),
+                (past.recorded_at,),
+                (Name(past.target),),
+                (Name(past.release),),
+                (f"+{past.added} ~{past.changed} -{past.removed} .{past.forgotten}",),
+                (who + ", breaking the glass" * past.break_glass,),
+                (Name(past.hash),),
+            )
+        )
+    head = ("Entry", "Recorded at", "Target", "Release", "Added, changed, removed, forgotten", "Approved by", "Hash")
+    table = Table("Entries of the ledger, the newest first", head, tuple(rows), numbers=frozenset({0}))
+    count = "1 entry" if len(rows) == 1 else f"{len(rows)} entries"
+    return Page(f"History of {found.name}", count, "open", (table,) if rows else (), ())
 
 
 # --------------------------------------------------------------------------------------------------------------- small

@@ -55,6 +55,10 @@ def test_history_and_an_intact_chain(system: Governed) -> None:
     assert lines[3] == "Entries of shop: 3."
     document = json.loads(command("history", "-s", system.directory, "--format", "json", dsn=system.db.dsn).stdout)
     assert [entry["number"] for entry in document["entries"]] == [1, 2, 3]
+    table = command("history", "-s", system.directory, "--format", "markdown", dsn=system.db.dsn).stdout
+    assert table.startswith("# History of shop: 3 entries\n")
+    assert [line.split("|")[1].strip() for line in table.splitlines() if "operator" in line] == ["3", "2", "1"]
+    assert document["entries"][2]["hash"] in table
     done = verify(system)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "shop: intact.")
 
