@@ -222,6 +222,7 @@ def _court(conn: pg.Connection, plan: Plan, last: ledger.Last, desired: Desired)
         now=now,
         author=approve.author(plan, allowed, now),
         rehomed_at=last.rehomed_at,
+        target=plan.target,
     )
 
 
@@ -336,11 +337,12 @@ def _case(run: _Run, xid: str) -> settle.Case:
 
 @dataclass(frozen=True)
 class _Confirmed:
-    """What the look under the locks gave: all that was seen, the plan made again, and the approvals that count."""
+    """What the look under the locks gave: all that was seen, the plan made again, and which approvals count by what."""
 
     xid: str
     survey: Survey
     plan: Plan
+    court: approve.Court
     approvals: Sequence[Approval]
 
 
@@ -352,9 +354,10 @@ def _unchanged(conn: pg.Connection, run: _Run, xid: str) -> _Confirmed:
     plan = run.request.plan
     same_target(plan.target, found.target)
     again = _as_approved(plan, found, _server_time(conn))
+    court = _court(conn, plan, found.last, run.desired)
     counted = approve.verify(
         run.request.approvals,
-        _court(conn, plan, found.last, run.desired),
+        court,
         effect_digest=again.effect_digest,
         hazards=again.hazards,
         attestations=again.attestations,
@@ -371,7 +374,7 @@ def _unchanged(conn: pg.Connection, run: _Run, xid: str) -> _Confirmed:
         )
     run.progress.verdicts = found.verdicts
     approve.refuse_blocked(again)
-    return _Confirmed(xid, found, again, counted)
+    return _Confirmed(xid, found, again, court, counted)
 
 
 def _as_approved(plan: Plan, found: Survey, now: datetime) -> Plan:
@@ -523,10 +526,11 @@ def _settled(change: Change, found: Live) -> bool:
 def _record(conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, verdicts: Sequence[Verdict]) -> Entry:
     """The ledger entry, in the same transaction. It holds the plan as made again here, not the file's."""
     run.progress("record")
+    last, recorded_at = before.survey.last, stamp(_server_time(conn))
     body = Body(
         format_version=FORMAT_VERSION,
         run_id=run.run_id,
-        recorded_at=stamp(_server_time(conn)),
+        recorded_at=recorded_at,
         target=before.plan.target,
         plan=before.plan.dump(),
         approvals=tuple(before.approvals),
@@ -535,10 +539,18 @@ def _record(conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, ver
         scope=setup.scope(run.desired),
         manifest=manifest(run.desired, found),
         checks=tuple(verdicts),
+        emergencies=approve.emergencies(
+            last.emergencies,
+            last.entry.number + 1 if last.entry else 1,
+            recorded_at,
+            before.approvals,
+            before.plan,
+            before.court,
+        ),
         transaction_id=before.xid,
         rehomed_at=before.survey.last.rehomed_at,
     )
-    return ledger.append(conn, run.desired.name, before.survey.last, body)
+    return ledger.append(conn, run.desired.name, last, body)
 
 
 def _still(conn: pg.Connection, run: _Run, found: Live, xid: str) -> None:

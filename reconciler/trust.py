@@ -54,6 +54,9 @@ def same_target(planned: Target, found: Target) -> None:
 
 
 def _setup(change: Change) -> tuple[tuple[Statement, ...], set[Hazard]]:
+    if change.kind != setup.kind_of(change.address):
+        # No digest covers the word, and by it the installed policy and list are found in a plan.
+        raise PlanDamaged(f"{change.address}: the plan calls it {change.kind}.", hint=EDITED)
     return setup.statements(change), set(setup.hazards(change))
 
 

@@ -183,10 +183,17 @@ def _entry(row: Row, body: Body, before: Body | None, position: int, used: set[s
     policy = body.policy if before is None else before.policy
     allowed = body.approvers if before is None else before.approvers
     moment = datetime.fromisoformat(body.recorded_at).astimezone(UTC)
-    rehomed_at = None if before is None else before.rehomed_at
-    court = approve.Court(policy, allowed, frozenset(used), moment, approve.author(plan, allowed, moment), rehomed_at)
+    court = approve.Court(
+        policy=policy,
+        allowed=allowed,
+        used=frozenset(used),
+        now=moment,
+        author=approve.author(plan, allowed, moment),
+        rehomed_at=None if before is None else before.rehomed_at,
+        target=plan.target,
+    )
     try:
-        approve.verify(
+        counted = approve.verify(
             body.approvals,
             court,
             effect_digest=plan.effect_digest,
@@ -195,6 +202,10 @@ def _entry(row: Row, body: Body, before: Body | None, position: int, used: set[s
         )
     except NotApproved as refused:
         yield f"it was not approved: {'; '.join(refused.details)}"
+        return
+    open_ = before.emergencies if before else ()
+    if approve.emergencies(open_, position, body.recorded_at, counted, plan, court) != body.emergencies:
+        yield "what it says of broken glass is not what its approvals give"
 
 
 def _anchored(name: str, rows: Sequence[Row], anchor: Anchor) -> Iterator[str]:
