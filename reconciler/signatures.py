@@ -71,9 +71,10 @@ def sign(message: bytes, key: Path, namespace: str) -> str:
         return done.stdout.decode()
     said = _said(done)
     if "passphrase" in said and not asks:
+        private = str(key).removesuffix(".pub")
         raise UsageError(
-            f"The key {key} has a passphrase, and nobody is there to type it.",
-            hint=f"Load it into an agent (ssh-add {key}) and name its public half: --key {key}.pub.",
+            f"The key {private} has a passphrase, and nobody is there to type it.",
+            hint=f"Load it into an agent (ssh-add {private}) and name its public half: --key {private}.pub.",
         )
     hint = "The agent (SSH_AUTH_SOCK) must hold it: ssh-add." if "No private key found" in said else ""
     raise UsageError(f"ssh-keygen could not sign with {key}: {said}.", hint=hint)
@@ -220,7 +221,7 @@ def who(allowed: str, namespace: str, moment: datetime) -> list[str]:
         if entry is None or given is None or not _serves(given, namespace):
             continue
         after, before = (_time(given[name]) if name in given else None for name in ("valid-after", "valid-before"))
-        if (after is None or after <= at) and (before is None or at < before):
+        if (after is None or after <= at) and (before is None or at <= before):
             found |= {name for name in entry.principals if not name.startswith("!")}
     return sorted(found)
 
