@@ -111,7 +111,10 @@ def apply(request: Request, progress: Progress) -> Outcome:
     progress = record
     desired = check_plan(request.plan)
     if request.target is not None and request.target != request.plan.target.name:
-        raise UsageError(f"The plan is for target {request.plan.target.name}, not {request.target}.")
+        raise Stale(
+            f"The plan is for target {request.plan.target.name}, not {request.target}.",
+            hint="Apply it where it was made for, or plan again here.",
+        )
     rehearsed = carried.verdicts(request.rehearsal, request.plan, desired) if request.rehearsal is not None else {}
     progress("connect")
     with pg.connect(request.dsn, "apply") as conn:

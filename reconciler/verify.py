@@ -309,6 +309,12 @@ def _documents(path: Path, allowed: str | None, checked: list[str], listed: Mapp
     for yes in approvals:
         if yes.effect_digest != plan.effect_digest:
             yield f"the approval of {yes.approver} is for other effects"
+    if plan.author is not None and allowed is not None:
+        checked.append("the signature of the plan's author")
+        try:
+            approve.author(plan, allowed, datetime.fromisoformat(plan.created_at).astimezone(UTC))
+        except NotApproved as refused:
+            yield refused.message
     yield from _signed(allowed, approvals, checked)
     yield from _stated(path, told, allowed, checked, listed)
     yield from _backups(told, listed, checked)
