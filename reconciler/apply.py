@@ -286,9 +286,10 @@ def _rehome(conn: pg.Connection, run: _Run) -> str:
                 "The plan is stale: the ledger is not what it was when this was approved.",
                 hint="Nothing was changed. Make it again with `reconciler rehome`, read it, approve it.",
             )
+        court = _court(conn, plan, last, run.desired)
         counted = approve.verify(
             run.request.approvals,
-            _court(conn, plan, last, run.desired),
+            court,
             effect_digest=again.effect_digest,
             hazards=again.hazards,
             attestations=(),
@@ -302,6 +303,9 @@ def _rehome(conn: pg.Connection, run: _Run) -> str:
                 "plan": again.dump(),
                 "approvals": tuple(counted),
                 "checks": (),
+                "emergencies": approve.emergencies(
+                    last.emergencies, last.number + 1, stamp(now), counted, again, court
+                ),
                 "transaction_id": xid,
                 "rehomed_at": stamp(now),
             }
@@ -543,12 +547,7 @@ def _record(conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, ver
         manifest=manifest(run.desired, found),
         checks=tuple(verdicts),
         emergencies=approve.emergencies(
-            last.emergencies,
-            last.entry.number + 1 if last.entry else 1,
-            recorded_at,
-            before.approvals,
-            before.plan,
-            before.court,
+            last.emergencies, last.number + 1, recorded_at, before.approvals, before.plan, before.court
         ),
         transaction_id=before.xid,
         rehomed_at=before.survey.last.rehomed_at,

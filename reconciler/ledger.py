@@ -72,6 +72,11 @@ class Last:
         return (self.entry.body.get("approvers") or "") if self.entry else ""
 
     @property
+    def number(self) -> int:
+        """Of the last entry; 0 when there is none."""
+        return self.entry.number if self.entry else 0
+
+    @property
     def emergencies(self) -> tuple[Emergency, ...]:
         """Broken glass that nobody has acknowledged yet."""
         kept: list[Json] = self.entry.body.get("emergencies", []) if self.entry else []

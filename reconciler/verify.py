@@ -309,13 +309,7 @@ def _documents(path: Path, allowed: str | None, checked: list[str], listed: Mapp
     for yes in approvals:
         if yes.effect_digest != plan.effect_digest:
             yield f"the approval of {yes.approver} is for other effects"
-    if plan.author is not None and allowed is not None:
-        checked.append("the signature of the plan's author")
-        try:
-            approve.author(plan, allowed, datetime.fromisoformat(plan.created_at).astimezone(UTC))
-        except NotApproved as refused:
-            yield refused.message
-    yield from _signed(allowed, approvals, checked)
+    yield from _signed(allowed, plan, approvals, checked)
     yield from _stated(path, told, allowed, checked, listed)
     yield from _backups(told, listed, checked)
     if (path / "ledger-entry.json").is_file():
@@ -325,12 +319,18 @@ def _documents(path: Path, allowed: str | None, checked: list[str], listed: Mapp
         yield "ledger-entry.json: missing, and the run was applied"
 
 
-def _signed(allowed: str | None, approvals: Sequence[Approval], checked: list[str]) -> Iterator[str]:
+def _signed(allowed: str | None, plan: Plan, approvals: Sequence[Approval], checked: list[str]) -> Iterator[str]:
     signed = [yes for yes in approvals if yes.signature is not None]
     if allowed is None:
         if signed:
             checked.append("signatures not checked: --allowed-signers FILE says who may sign")
         return
+    if plan.author is not None:
+        checked.append("the signature of the plan's author")
+        try:
+            approve.author(plan, allowed, datetime.fromisoformat(plan.created_at).astimezone(UTC))
+        except NotApproved as refused:
+            yield refused.message
     for yes in approvals:
         if yes.signature is None:
             yield f"the approval of {yes.approver} is not signed"

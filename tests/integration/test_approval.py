@@ -92,8 +92,12 @@ def refused(signed: Signed, sentence: str, *more: str, dsn: str | None = None) -
 # ------------------------------------------------------------------------------------------------------------- replays
 
 
-def test_on_another_database_with_the_same_content(signed: Signed, server: Server, new_name: Callable[[], str]) -> None:
-    limit(signed, "11")
+def test_on_another_database_with_the_same_content(
+    db: Database, tmp_path: Path, server: Server, new_name: Callable[[], str]
+) -> None:
+    """Before the first apply; afterwards the copy's ledger names its home as well (see `rehome`)."""
+    signed = Signed(db, tmp_path, required=2)
+    signed.plan()
     files = both(signed)
     mine, name = signed.system.db, new_name()
     mine.conn.close()
@@ -109,7 +113,7 @@ def test_on_another_database_with_the_same_content(signed: Signed, server: Serve
         for path, data in kept:
             path.write_bytes(data)
         refused(signed, f"the approval of operator is for target test, database {mine.name} of", dsn=twin.dsn)
-        assert twin.execute("SELECT value FROM app.settings WHERE name = 'shop.limit'") == [("10",)]
+        assert twin.execute("SELECT value FROM app.settings WHERE name = 'shop.open'") == [("false",)]
     finally:
         twin.drop()
 
@@ -503,6 +507,30 @@ def test_who_breaks_the_glass_to_change_who_decides_cannot_acknowledge_it(signed
     assert command("verify", "-s", signed.system.directory, dsn=signed.system.db.dsn).returncode == 0
 
 
+def test_a_rehome_keeps_broken_glass_and_may_break_it(signed: Signed) -> None:
+    """The entry that says where the ledger is now carries on what nobody acknowledged."""
+    for number in (2, 3):
+        plan = signed.system.plan_file
+        for old in plan.parent.glob("*.approval.json"):
+            old.unlink()
+        done = command("rehome", "-s", signed.system.directory, "-t", "test", "--out", plan, dsn=signed.system.db.dsn)
+        assert done.returncode == 0, done.stderr
+        later = datetime.now(UTC) + timedelta(seconds=2)
+        forge(
+            signed,
+            signed.people["reviewer"],
+            signatures.BREAK_GLASS,
+            break_glass=True,
+            id=f"11111111-2222-4333-8444-00000000000{number}",
+            # Approvals of the same second as the last rehome are void too.
+            issued_at=planning.stamp(later),
+        )
+        signed.apply()
+        assert len(told(signed)) == number - 1
+    assert command("verify", "-s", signed.system.directory, dsn=signed.system.db.dsn).returncode == 0
+    signed.system.in_sync()
+
+
 def test_verify_finds_an_emergency_that_was_taken_out_of_the_ledger(signed: Signed) -> None:
     from reconciler.ledger import chained
     from reconciler.model import canonical
@@ -512,11 +540,10 @@ def test_verify_finds_an_emergency_that_was_taken_out_of_the_ledger(signed: Sign
     signed.apply()
     ((body, previous),) = signed.system.db.execute("SELECT body, previous FROM reconciler.entry WHERE number = 2")
     quiet = canonical({**json.loads(body), "emergencies": []}).decode()
-    signed.system.db.execute("SET session_replication_role = replica")
-    signed.system.db.execute(
-        "UPDATE reconciler.entry SET body = %s, hash = %s WHERE number = 2", [quiet, chained(previous, quiet)]
-    )
-    signed.system.db.execute("SET session_replication_role = origin")
+    with signed.system.around_the_trigger():
+        signed.system.db.execute(
+            "UPDATE reconciler.entry SET body = %s, hash = %s WHERE number = 2", [quiet, chained(previous, quiet)]
+        )
     done = command("verify", "-s", signed.system.directory, dsn=signed.system.db.dsn)
     assert done.returncode == 1
     assert "entry 2: what it says of broken glass is not what its approvals give" in done.stdout

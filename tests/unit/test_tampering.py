@@ -112,7 +112,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
         lines.append(f"{name} {' '.join((folder / f'{name}.pub').read_text().split()[:2])}\n")
     wanted = declared("".join(lines))
-    first = setup.changes(wanted, exists=False, readable=True, installed=None)
+    first = setup.changes(wanted, version=0, readable=True, installed=None)
     claim = Verdict(
         address="invariant.signed-for",
         status="not_judged",
