@@ -285,8 +285,8 @@ def emergencies(  # noqa: PLR0913, PLR0917 - an entry, as far as it is known bef
     """The broken glass that is still to be told after an entry with this number and these approvals.
 
     open_: what was to be told before it. counted: the approvals that `verify` gave. An entry that breaks the glass adds
-    itself. Any other acknowledges an emergency when its approvals would have been enough by the policy and the list
-    that were installed before that emergency.
+    itself. Any other acknowledges an emergency when its approvals would have been enough for that emergency too, by the
+    policy and the list that were installed before it.
     """
     if broken := next((approval for approval in counted if approval.break_glass), None):
         added = Emergency(
@@ -303,7 +303,9 @@ def emergencies(  # noqa: PLR0913, PLR0917 - an entry, as far as it is known bef
 
 
 def _acknowledged(emergency: Emergency, counted: Sequence[Approval], plan: Plan, court: Court) -> bool:
-    then = emergency.policy.model_copy(update={"expires": court.policy.approval.expires})
+    # As many as the emergency itself would have taken, and how long approvals hold is no matter of then.
+    needed = emergency.policy.needed(emergency.hazards)
+    then = emergency.policy.model_copy(update={"required": needed, "expires": court.policy.approval.expires})
     earlier = replace(
         court, policy=court.policy.model_copy(update={"approval": then}), allowed=emergency.approvers, used=()
     )

@@ -507,6 +507,25 @@ def test_who_breaks_the_glass_to_change_who_decides_cannot_acknowledge_it(signed
     assert command("verify", "-s", signed.system.directory, dsn=signed.system.db.dsn).returncode == 0
 
 
+def test_an_emergency_is_acknowledged_by_as_many_as_it_would_have_taken(db: Database, tmp_path: Path) -> None:
+    """Where one is enough for most plans, that one does not acknowledge what takes two."""
+    more = {"for": {"changes_policy": 2}, "break_glass": ["reviewer"]}
+    signed = Signed(db, tmp_path, required=1, **more).settled()
+    signed.policy["expires"] = "12h"
+    signed.list("".join(one.listed() for one in signed.people.values()))
+    signed.plan()
+    signed.approve("reviewer", "--break-glass")
+    signed.apply()
+    for value, approvers, left in (("11", ["reviewer"], 1), ("12", ["operator"], 1), ("13", ["operator", "author"], 0)):
+        limit(signed, value)
+        for who in approvers:
+            signed.approve(who)
+        signed.apply()
+        assert len(told(signed)) == left
+    signed.system.in_sync()
+    assert command("verify", "-s", signed.system.directory, dsn=db.dsn).returncode == 0
+
+
 def test_a_rehome_keeps_broken_glass_and_may_break_it(signed: Signed) -> None:
     """The entry that says where the ledger is now carries on what nobody acknowledged."""
     for number in (2, 3):
