@@ -268,7 +268,7 @@ def test_by_the_author_of_a_signed_plan(signed: Signed) -> None:
     assert "1 of 2 approvals" in said
     assert "may still approve: reviewer\n" in said
     signed.approve("reviewer")
-    signed.apply("--evidence", str(signed.system.root / "run"))
+    signed.apply("--evidence", str(signed.system.root / "run"), "--key", str(signed.people["operator"].key))
     signed.system.in_sync()
     shown = command("show", signed.system.root / "run", "--format", "markdown").stdout
     assert "The plan is signed by" in shown
