@@ -46,6 +46,7 @@ INFORMATION = {
     "surface": "as invariants",
     "not_compared": "what was not looked at",
     "locks": "what would be locked and who was in the way; apply takes the locks that its own changes need",
+    "privileges": "what the planner's role would lack; apply asks for its own role",
     "summary": "counts of the changes; the ledger counts again",
     "changes.reason": "words",
     "changes.fields": "before and after once more, for people",
