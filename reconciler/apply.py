@@ -111,7 +111,10 @@ def apply(request: Request, progress: Progress) -> Outcome:
     progress = record
     desired = check_plan(request.plan)
     if request.target is not None and request.target != request.plan.target.name:
-        raise UsageError(f"The plan is for target {request.plan.target.name}, not {request.target}.")
+        raise Stale(
+            f"The plan is for target {request.plan.target.name}, not {request.target}.",
+            hint="Apply it where it was made for, or plan again here.",
+        )
     rehearsed = carried.verdicts(request.rehearsal, request.plan, desired) if request.rehearsal is not None else {}
     progress("connect")
     with pg.connect(request.dsn, "apply") as conn:
@@ -222,6 +225,7 @@ def _court(conn: pg.Connection, plan: Plan, last: ledger.Last, desired: Desired)
         now=now,
         author=approve.author(plan, allowed, now),
         rehomed_at=last.rehomed_at,
+        target=plan.target,
     )
 
 
@@ -282,9 +286,10 @@ def _rehome(conn: pg.Connection, run: _Run) -> str:
                 "The plan is stale: the ledger is not what it was when this was approved.",
                 hint="Nothing was changed. Make it again with `reconciler rehome`, read it, approve it.",
             )
+        court = _court(conn, plan, last, run.desired)
         counted = approve.verify(
             run.request.approvals,
-            _court(conn, plan, last, run.desired),
+            court,
             effect_digest=again.effect_digest,
             hazards=again.hazards,
             attestations=(),
@@ -298,6 +303,9 @@ def _rehome(conn: pg.Connection, run: _Run) -> str:
                 "plan": again.dump(),
                 "approvals": tuple(counted),
                 "checks": (),
+                "emergencies": approve.emergencies(
+                    last.emergencies, last.number + 1, stamp(now), counted, again, court
+                ),
                 "transaction_id": xid,
                 "rehomed_at": stamp(now),
             }
@@ -336,11 +344,12 @@ def _case(run: _Run, xid: str) -> settle.Case:
 
 @dataclass(frozen=True)
 class _Confirmed:
-    """What the look under the locks gave: all that was seen, the plan made again, and the approvals that count."""
+    """What the look under the locks gave: all that was seen, the plan made again, and which approvals count by what."""
 
     xid: str
     survey: Survey
     plan: Plan
+    court: approve.Court
     approvals: Sequence[Approval]
 
 
@@ -352,9 +361,10 @@ def _unchanged(conn: pg.Connection, run: _Run, xid: str) -> _Confirmed:
     plan = run.request.plan
     same_target(plan.target, found.target)
     again = _as_approved(plan, found, _server_time(conn))
+    court = _court(conn, plan, found.last, run.desired)
     counted = approve.verify(
         run.request.approvals,
-        _court(conn, plan, found.last, run.desired),
+        court,
         effect_digest=again.effect_digest,
         hazards=again.hazards,
         attestations=again.attestations,
@@ -371,7 +381,7 @@ def _unchanged(conn: pg.Connection, run: _Run, xid: str) -> _Confirmed:
         )
     run.progress.verdicts = found.verdicts
     approve.refuse_blocked(again)
-    return _Confirmed(xid, found, again, counted)
+    return _Confirmed(xid, found, again, court, counted)
 
 
 def _as_approved(plan: Plan, found: Survey, now: datetime) -> Plan:
@@ -523,10 +533,11 @@ def _settled(change: Change, found: Live) -> bool:
 def _record(conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, verdicts: Sequence[Verdict]) -> Entry:
     """The ledger entry, in the same transaction. It holds the plan as made again here, not the file's."""
     run.progress("record")
+    last, recorded_at = before.survey.last, stamp(_server_time(conn))
     body = Body(
         format_version=FORMAT_VERSION,
         run_id=run.run_id,
-        recorded_at=stamp(_server_time(conn)),
+        recorded_at=recorded_at,
         target=before.plan.target,
         plan=before.plan.dump(),
         approvals=tuple(before.approvals),
@@ -535,10 +546,13 @@ def _record(conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, ver
         scope=setup.scope(run.desired),
         manifest=manifest(run.desired, found),
         checks=tuple(verdicts),
+        emergencies=approve.emergencies(
+            last.emergencies, last.number + 1, recorded_at, before.approvals, before.plan, before.court
+        ),
         transaction_id=before.xid,
         rehomed_at=before.survey.last.rehomed_at,
     )
-    return ledger.append(conn, run.desired.name, before.survey.last, body)
+    return ledger.append(conn, run.desired.name, last, body)
 
 
 def _still(conn: pg.Connection, run: _Run, found: Live, xid: str) -> None:

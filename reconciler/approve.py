@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from reconciler import signatures
 from reconciler.errors import NotApproved, PlanDamaged, ProofFailed, UsageError, Violated
-from reconciler.model import Approval, Json, Plan, Policy, Verdict, canonical, milliseconds
+from reconciler.model import Approval, Emergency, Json, Plan, Policy, Target, Verdict, canonical, milliseconds
 from reconciler.plan import read, stamp
 from reconciler.trust import check_plan
 
@@ -203,10 +203,14 @@ def refuse(verdicts: Sequence[Verdict]) -> None:
 def load(path: Path) -> Approval:
     """An approval from its file. Raises UsageError, PlanDamaged."""
     try:
-        return Approval.model_validate_json(canonical(read(path, "approval")))
+        found = Approval.model_validate_json(canonical(read(path, "approval")))
     except ValidationError as error:
         first = error.errors()[0]
         raise PlanDamaged(f"{path} is no approval: {first['loc']}: {first['msg']}.") from None
+    # In one spelling, so that an id that was used is the same text whenever it comes back.
+    if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", found.id):
+        raise PlanDamaged(f"{path} is no approval: its id is no UUID in small letters.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,8 @@ class Court:
     now: datetime
     author: signatures.Signer | None = None
     rehomed_at: str | None = None
+    target: Target | None = None
+    """The database that is there; None where the digest alone says for which one the effects are."""
 
 
 def verify(
@@ -236,9 +242,11 @@ def verify(
     """The approvals that cover these effects.
 
     effect_digest, hazards and attestations: as derived again, never as the plan file says. Raises NotApproved with
-    every reason when they are too few. One principal counts once, however it is spelt, and one key counts once.
+    every reason when they are too few. One principal counts once, however it is spelt, and one key counts once. Where
+    a normal quorum is there, no glass is broken.
     """
     reasons: list[str] = []
+    alone: list[Approval] = []
     valid: dict[str, Approval] = {}
     keys: dict[str, str] = {}
     for approval in approvals:
@@ -256,10 +264,12 @@ def verify(
         if wrong:
             reasons.append(f"the approval of {approval.approver} {wrong}")
         elif approval.break_glass:
-            return [approval]
+            alone.append(approval)
         else:
             valid.setdefault(_principal(approval.approver), approval)
     needed = court.policy.approval.needed(hazards)
+    if len(valid) < needed and alone:
+        return alone[:1]
     if len(valid) < needed:
         raise NotApproved(
             "The plan is not approved.",
@@ -267,6 +277,43 @@ def verify(
             hint="Run `reconciler approve PLAN`, then apply again.",
         )
     return list(valid.values())
+
+
+def emergencies(  # noqa: PLR0913, PLR0917 - an entry, as far as it is known before it is written
+    open_: Sequence[Emergency], number: int, recorded_at: str, counted: Sequence[Approval], plan: Plan, court: Court
+) -> tuple[Emergency, ...]:
+    """The broken glass that is still to be told after an entry with this number and these approvals.
+
+    open_: what was to be told before it. counted: the approvals that `verify` gave. An entry that breaks the glass adds
+    itself. Any other acknowledges an emergency when its approvals would have been enough for that emergency too, by the
+    policy and the list that were installed before it.
+    """
+    if broken := next((approval for approval in counted if approval.break_glass), None):
+        added = Emergency(
+            entry=number,
+            recorded_at=recorded_at,
+            approver=broken.approver,
+            reason=broken.reason,
+            hazards=plan.hazards,
+            policy=court.policy.approval,
+            approvers=court.allowed,
+        )
+        return (*open_, added)
+    return tuple(one for one in open_ if not _acknowledged(one, counted, plan, court))
+
+
+def _acknowledged(emergency: Emergency, counted: Sequence[Approval], plan: Plan, court: Court) -> bool:
+    # As many as the emergency itself would have taken, and how long approvals hold is no matter of then.
+    needed = emergency.policy.needed(emergency.hazards)
+    then = emergency.policy.model_copy(update={"required": needed, "expires": court.policy.approval.expires})
+    earlier = replace(
+        court, policy=court.policy.model_copy(update={"approval": then}), allowed=emergency.approvers, used=()
+    )
+    try:
+        verify(counted, earlier, effect_digest=plan.effect_digest, hazards=plan.hazards, attestations=plan.attestations)
+    except NotApproved:
+        return False
+    return True
 
 
 def _is_author(approval: Approval, by: signatures.Signer | None, author: signatures.Signer) -> bool:
@@ -279,13 +326,15 @@ def _missing(court: Court, valid: Mapping[str, Approval]) -> list[str]:
     if not court.policy.approval.signed:
         return []
     barred = {_principal(court.author.principal)} if court.author else set[str]()
-    names = [name for name in signatures.fingerprints(court.allowed) if _principal(name) not in {*valid, *barred}]
-    return [f"may still approve: {', '.join(sorted(names)) or 'nobody'}"]
+    listed = signatures.who(court.allowed, signatures.APPROVAL, court.now)
+    names = [name for name in listed if _principal(name) not in {*valid, *barred}]
+    return [f"may still approve: {', '.join(names) or 'nobody'}"]
 
 
 def _principal(name: str) -> str:
-    """The name without what the eye does not tell apart: case, width, accents composed or not, spaces."""
-    return "".join(unicodedata.normalize("NFKC", name).casefold().split())
+    """The name without what the eye does not tell apart: case, width, accents composed or not, spaces, marks."""
+    seen = (char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) not in {"Cf", "Cc"})
+    return "".join("".join(seen).casefold().split())
 
 
 def _wrong(
@@ -297,6 +346,10 @@ def _wrong(
     unattested = sorted(set(attestations) - set(approval.attestations))
     reasons = (
         (approval.id in court.used, "was used before; an approval is for one apply"),
+        (
+            court.target is not None and not _same_place(approval.target, court.target),
+            f"is for {_place(approval.target)}, not for this database",
+        ),
         (
             approval.effect_digest != effect_digest,
             f"is for other effects ({approval.effect_digest[:12]}, not {effect_digest[:12]})",
@@ -314,6 +367,7 @@ def _wrong(
             approval.issued_at <= (court.rehomed_at or ""),
             f"was issued at {approval.issued_at}, before the ledger was rehomed at {court.rehomed_at}, which voids it",
         ),
+        (not approval.reason.strip(), "gives no reason"),
         (bool(unaccepted), f"does not accept {', '.join(unaccepted)}"),
         (bool(unattested), f"does not attest {', '.join(unattested)}"),
         (
@@ -326,6 +380,18 @@ def _wrong(
         ),
     )
     return next((sentence for is_wrong, sentence in reasons if is_wrong), "")
+
+
+def _same_place(one: Target, other: Target) -> bool:
+    return _identity(one) == _identity(other)
+
+
+def _identity(target: Target) -> tuple[str, str, str]:
+    return target.name, target.database, target.system_identifier
+
+
+def _place(target: Target) -> str:
+    return f"target {target.name}, database {target.database} of system {target.system_identifier}"
 
 
 def _lifetime(approval: Approval) -> timedelta:

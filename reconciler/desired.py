@@ -183,16 +183,15 @@ def _approvers(directory: Path, governance: Governance, entry: _Entry) -> tuple[
     known = signatures.fingerprints(text)
     if not known and not problems:
         problems.append(Problem(str(file), None, None, "there is nobody in it"))
-    keys = {key for found in known.values() for key in found}
-    most = policy.needed(policy.for_)
-    if most > len(keys) and not problems and "cert-authority" not in text:
-        message = f"{most} approvals are required, and {file} has {len(keys)} key{'' if len(keys) == 1 else 's'}"
+    needed, most = policy.needed(policy.for_), signatures.most(text, signatures.APPROVAL)
+    if most is not None and most < needed and not problems:
+        message = f"{needed} approvals are required, and {file} lets {most} principals with keys of their own approve"
         problems.append(entry.problem(message, ("approval",)))
     for number, name in enumerate(policy.break_glass):
         if name not in known:
             message = f"{name!r} is no principal of {file}"
             problems.append(entry.problem(message, ("approval", "break_glass", number), value=True))
-    return text, problems
+    return signatures.plain(text), problems
 
 
 def sources(directory: Path) -> dict[str, Path]:

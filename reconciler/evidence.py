@@ -73,6 +73,8 @@ class Evidence(Outcome):
     reasons: dict[Address, str] = {}
     """Why, as the files say it: of changed objects and of every check."""
     refusals: tuple[Refusal, ...] = ()
+    author: str | None = None
+    """Who signed the plan; None when it is not signed."""
 
 
 def document(outcome: Outcome, plan: Plan, checksum: str) -> Evidence:
@@ -106,6 +108,7 @@ def document(outcome: Outcome, plan: Plan, checksum: str) -> Evidence:
         },
         reasons={address: reason for address, reason in reasons.items() if reason},
         refusals=tuple(_refusals(desired)),
+        author=plan.author,
     )
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from reconciler import pg, setup
 from reconciler.errors import NotApproved, Refused
-from reconciler.model import Body, Desired, Entry, Finding, Json, Policy, Target, canonical
+from reconciler.model import Body, Desired, Emergency, Entry, Finding, Json, Policy, Target, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,6 +72,17 @@ class Last:
         return (self.entry.body.get("approvers") or "") if self.entry else ""
 
     @property
+    def number(self) -> int:
+        """Of the last entry; 0 when there is none."""
+        return self.entry.number if self.entry else 0
+
+    @property
+    def emergencies(self) -> tuple[Emergency, ...]:
+        """Broken glass that nobody has acknowledged yet."""
+        kept: list[Json] = self.entry.body.get("emergencies", []) if self.entry else []
+        return tuple(Emergency.model_validate_json(canonical(one)) for one in kept)
+
+    @property
     def installed(self) -> Mapping[str, Json] | None:
         """The last entry's body: policy, scope and manifest as installed; None when there is none."""
         return self.entry.body if self.entry else None
@@ -93,19 +104,25 @@ class Last:
         return (Finding(code="ledger_not_readable", address="ledger.reconciler", message=message),)
 
     def _broken_glass(self) -> tuple[Finding, ...]:
-        """An emergency is told until an apply that a normal quorum approved comes after it."""
+        """An emergency is told until a normal quorum approved an apply after it."""
         if self.entry is None:
             return ()
         return tuple(
             Finding(
                 code="break_glass",
                 address=f"ledger.{self.entry.name}",
-                message=f"entry {self.entry.number} of {self.entry.recorded_at} was applied by {yes['approver']} alone,"
-                f" breaking the glass: {yes['reason']}",
+                message=f"entry {one.entry} of {one.recorded_at} was applied by {one.approver} alone,"
+                f" breaking the glass: {one.reason}{_beyond(one)}",
             )
-            for yes in self.entry.body["approvals"]
-            if yes.get("break_glass")
+            for one in self.emergencies
         )
+
+
+def _beyond(emergency: Emergency) -> str:
+    changed = [name for name in ("changes_approvers", "changes_policy") if name in emergency.hazards]
+    if not changed:
+        return ""
+    return f"; it changed who decides ({', '.join(changed)}), and only the approvers from before it can acknowledge it"
 
 
 def last(conn: pg.Connection, name: str) -> Last:

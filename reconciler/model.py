@@ -148,7 +148,7 @@ class ApprovalPolicy(Model):
     """
 
     required: int = Field(default=1, ge=1)
-    for_: dict[Hazard, int] = Field(default={}, alias="for")
+    for_: dict[Hazard, Annotated[int, Field(ge=1)]] = Field(default={}, alias="for")
     signed: bool = True
     expires: Duration = "24h"
     approvers: str | None = None
@@ -687,6 +687,22 @@ class Governed(Model):
     facts: JsonObject = {}
 
 
+class Emergency(Model):
+    """An entry that one principal approved alone, told until a normal quorum acknowledges it.
+
+    policy and approvers: as installed before that entry, which may have changed both. What it changed does not decide
+    who acknowledges it. hazards: those of its plan.
+    """
+
+    entry: int
+    recorded_at: str
+    approver: str
+    reason: str
+    hazards: tuple[Hazard, ...]
+    policy: ApprovalPolicy
+    approvers: str
+
+
 class Body(Model):
     """What a ledger entry says; its hash covers all of it."""
 
@@ -702,6 +718,8 @@ class Body(Model):
     scope: JsonObject
     manifest: dict[Address, Governed]
     checks: tuple[Verdict, ...]
+    emergencies: tuple[Emergency, ...] = ()
+    """Broken glass that nobody has acknowledged yet, this entry's included."""
     transaction_id: str
     rehomed_at: Moment | None = None
     """When the ledger last got another home: approvals of before are void. None: it never did."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, cast
 
 from postgast import split
 
+from reconciler.checks import checks
+from reconciler.kinds import kinds
 from reconciler.model import Change, Desired, FieldChange, Hazard, Json, JsonObject, Statement, Target, canonical
 from reconciler.syntax import quote_ident
 
@@ -109,6 +111,12 @@ def home(name: str, before: Target, after: Target) -> Change:
     )
     reason = "the same home; approvals of before are void" if old == new else "the ledger is in another place"
     return _change(f"home.{name}", "home", old, new, reason)
+
+
+def kind_of(address: str) -> str:
+    """What a setup change at this address is called: rules and checks bear the addresses of what they are about."""
+    first = address.partition(".")[0]
+    return "rules" if first in kinds() else "check" if first in checks() else first
 
 
 def scope(desired: Desired) -> JsonObject:

@@ -33,8 +33,10 @@ def check_plan(plan: Plan) -> Desired:
     derived = [(change, *_setup(change)) for change in plan.setup]
     derived += [(change, *_again(desired, change)) for change in plan.changes]
     for change, statements, hazards in derived:
-        # Some hazards follow from the ledger alone: more of them than are derived here is right, fewer never.
-        if statements != change.statements or not hazards <= set(change.hazards):
+        # Some hazards follow from the ledger alone: more of them than are derived here is right, fewer never. To the
+        # digest they are a set, so they stand in one order only.
+        told = change.hazards == tuple(sorted(change.hazards)) and hazards <= set(change.hazards)
+        if statements != change.statements or not told:
             raise NotApproved(
                 f"{change.address}: the plan holds statements or hazards that its approved effects do not give.",
                 details=_differences(statements, change),
@@ -54,6 +56,9 @@ def same_target(planned: Target, found: Target) -> None:
 
 
 def _setup(change: Change) -> tuple[tuple[Statement, ...], set[Hazard]]:
+    if change.kind != setup.kind_of(change.address):
+        # No digest covers the word, and by it the installed policy and list are found in a plan.
+        raise PlanDamaged(f"{change.address}: the plan calls it {change.kind}.", hint=EDITED)
     return setup.statements(change), set(setup.hazards(change))
 
 

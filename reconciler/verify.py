@@ -183,10 +183,17 @@ def _entry(row: Row, body: Body, before: Body | None, position: int, used: set[s
     policy = body.policy if before is None else before.policy
     allowed = body.approvers if before is None else before.approvers
     moment = datetime.fromisoformat(body.recorded_at).astimezone(UTC)
-    rehomed_at = None if before is None else before.rehomed_at
-    court = approve.Court(policy, allowed, frozenset(used), moment, approve.author(plan, allowed, moment), rehomed_at)
+    court = approve.Court(
+        policy=policy,
+        allowed=allowed,
+        used=frozenset(used),
+        now=moment,
+        author=approve.author(plan, allowed, moment),
+        rehomed_at=None if before is None else before.rehomed_at,
+        target=plan.target,
+    )
     try:
-        approve.verify(
+        counted = approve.verify(
             body.approvals,
             court,
             effect_digest=plan.effect_digest,
@@ -195,6 +202,10 @@ def _entry(row: Row, body: Body, before: Body | None, position: int, used: set[s
         )
     except NotApproved as refused:
         yield f"it was not approved: {'; '.join(refused.details)}"
+        return
+    open_ = before.emergencies if before else ()
+    if approve.emergencies(open_, position, body.recorded_at, counted, plan, court) != body.emergencies:
+        yield "what it says of broken glass is not what its approvals give"
 
 
 def _anchored(name: str, rows: Sequence[Row], anchor: Anchor) -> Iterator[str]:
@@ -298,7 +309,7 @@ def _documents(path: Path, allowed: str | None, checked: list[str], listed: Mapp
     for yes in approvals:
         if yes.effect_digest != plan.effect_digest:
             yield f"the approval of {yes.approver} is for other effects"
-    yield from _signed(allowed, approvals, checked)
+    yield from _signed(allowed, plan, approvals, checked)
     yield from _stated(path, told, allowed, checked, listed)
     yield from _backups(told, listed, checked)
     if (path / "ledger-entry.json").is_file():
@@ -308,12 +319,18 @@ def _documents(path: Path, allowed: str | None, checked: list[str], listed: Mapp
         yield "ledger-entry.json: missing, and the run was applied"
 
 
-def _signed(allowed: str | None, approvals: Sequence[Approval], checked: list[str]) -> Iterator[str]:
+def _signed(allowed: str | None, plan: Plan, approvals: Sequence[Approval], checked: list[str]) -> Iterator[str]:
     signed = [yes for yes in approvals if yes.signature is not None]
     if allowed is None:
         if signed:
             checked.append("signatures not checked: --allowed-signers FILE says who may sign")
         return
+    if plan.author is not None:
+        checked.append("the signature of the plan's author")
+        try:
+            approve.author(plan, allowed, datetime.fromisoformat(plan.created_at).astimezone(UTC))
+        except NotApproved as refused:
+            yield refused.message
     for yes in approvals:
         if yes.signature is None:
             yield f"the approval of {yes.approver} is not signed"

@@ -183,7 +183,7 @@ def start(home: Path, kind: str, settings: Mapping[str, str] | None = None) -> S
     cluster = sandbox.Cluster(home, programs)
     try:
         cluster.create({**SETTINGS, **(settings or {})}, ACCESS)
-        _start_on_a_free_port(cluster)
+        start_on_a_free_port(cluster)
     except BaseException:
         shutil.rmtree(home)
         raise
@@ -195,7 +195,7 @@ def start(home: Path, kind: str, settings: Mapping[str, str] | None = None) -> S
     return Server(cluster, str(cluster.socket_directory), port, version, password)
 
 
-def _start_on_a_free_port(cluster: sandbox.Cluster) -> None:
+def start_on_a_free_port(cluster: sandbox.Cluster) -> None:
     """Another program may take a port between our look and the server's start: look again."""
     for attempts_left in (3, 2, 1, 0):
         try:

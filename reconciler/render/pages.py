@@ -547,9 +547,15 @@ def _approvals(found: Evidence) -> Section:
         "Approvals",
         (
             Table("Who approved exactly these effects", head, tuple(rows)),
-            Paragraph(("Author not verified: the plan itself is not signed.",), "note"),
+            Paragraph(_author(found), "note"),
         ),
     )
+
+
+def _author(found: Evidence) -> Words:
+    if found.author is None:
+        return ("Author not verified: the plan itself is not signed.",)
+    return ("The plan is signed by ", Name(found.author), ", who does not count as an approver of it.")
 
 
 def _statements(found: Evidence) -> Section:

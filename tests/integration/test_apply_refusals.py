@@ -619,10 +619,10 @@ def test_another_target_than_the_plans(system: Governed) -> None:
     system.state["governance"]["targets"] = {"test": {}}
     system.write()
     plan = system.plan()
-    with untouched(system), pytest.raises(UsageError, match="The plan is for target test, not live"):
+    with untouched(system), pytest.raises(Stale, match="The plan is for target test, not live"):
         system.apply(plan, target="live")
     file = system.save(plan, system.approve(plan))
-    assert governed.command("apply", file, "-t", "live", "--initialize", dsn=system.db.dsn).returncode == 1
+    assert governed.command("apply", file, "-t", "live", "--initialize", dsn=system.db.dsn).returncode == 4
     assert governed.command("apply", file, "-t", "test", "--initialize", dsn=system.db.dsn).returncode == 0
 
 

@@ -235,7 +235,7 @@ def test_keys_for_other_purposes_and_other_times(db: Database, tmp_path: Path) -
     signed.list(operator.listed('valid-before="20200101"') + reviewer.listed('namespaces="reconciler-evidence"'))
     signed.plan()
     assert "is by a key of operator that is not valid at this time" in signed.approve("operator", code=4)
-    assert "was made for another purpose" in signed.approve("reviewer", code=4)
+    assert "that the list allows for other purposes only" in signed.approve("reviewer", code=4)
 
 
 def test_a_certificate_of_the_listed_authority(db: Database, tmp_path: Path, agents: list[dict[str, str]]) -> None:

@@ -359,7 +359,7 @@ def test_an_approver_cannot_sign_for_the_run_with_a_key_for_approvals_only(db: D
     signed.approve("operator")
     signed.approve("reviewer")
     signed.apply("--evidence", str(tmp_path / "run"), "--key", str(signed.people["operator"].key))
-    assert "its signature was made for another purpose" in judged(tmp_path / "run")
+    assert "that the list allows for other purposes only" in judged(tmp_path / "run")
 
 
 def test_a_failed_run_is_signed_for_too(db: Database, tmp_path: Path) -> None:

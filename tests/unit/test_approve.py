@@ -172,6 +172,7 @@ def verify(*given: Approval, **facts: Any) -> None:
         "allowed": "",
         "used": (),
         "now": states.NOW + timedelta(hours=1),
+        "target": None,
     }
     judged = approvals.Court(**{name: facts.pop(name, value) for name, value in court.items()})
     approvals.verify(given, judged, **{**whole, **facts})
@@ -258,6 +259,29 @@ def test_attestations_that_apply_derives_count_each_by_name() -> None:
     verify(given, attestations=("C1",))
 
 
+def test_an_approval_that_gives_no_reason() -> None:
+    for reason in ("", " ", "\n"):
+        given = approve().model_copy(update={"reason": reason})
+        assert reasons(given)[0] == "the approval of operator gives no reason"
+
+
+@pytest.mark.parametrize("name", ["name", "database", "system_identifier"])
+def test_an_approval_for_another_place_says_which(name: str) -> None:
+    elsewhere = states.TARGET.model_copy(update={name: "other"})
+    given = approve().model_copy(update={"target": elsewhere})
+    assert reasons(given, target=states.TARGET)[0] == (
+        f"the approval of operator is for target {elsewhere.name}, database {elsewhere.database}"
+        f" of system {elsewhere.system_identifier}, not for this database"
+    )
+    verify(approve(), target=states.TARGET.model_copy(update={"server_version": "17.1"}))
+
+
+@pytest.mark.parametrize("alias", ["Operator", "oper\u200bator", "\u202eoperator", "operator\u00ad", "\ufeffoperator"])
+def test_letters_that_nobody_sees_make_no_second_person(alias: str) -> None:
+    two = approve(), approve(approver="second").model_copy(update={"approver": alias})
+    assert reasons(*two, policy=states.policy(required=2)) == ["1 of 2 approvals"]
+
+
 def test_more_accepted_than_needed_is_fine() -> None:
     verify(approve(), hazards=())
 
@@ -331,6 +355,13 @@ def test_an_approval_with_a_byte_changed_is_refused(tmp_path: Path) -> None:
         path.write_bytes(data[:at] + bytes([byte ^ 1]) + data[at + 1 :])
         with pytest.raises(PlanDamaged):
             approvals.load(path)
+
+
+@pytest.mark.parametrize("id_", ["", "1", "11111111-2222-4333-8444-55555555555A", "11111111222243338444555555555555"])
+def test_an_id_has_one_spelling(tmp_path: Path, id_: str) -> None:
+    """The ledger compares them; in another spelling a used one would look new."""
+    with pytest.raises(PlanDamaged, match="its id is no UUID in small letters"):
+        approvals.load(saved(tmp_path / "a", {**approve().dump(), "id": id_}))
 
 
 @pytest.mark.parametrize("name", ["issued_at", "expires_at"])
