@@ -12,7 +12,7 @@ from psycopg import sql
 from reconciler import pg
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
     from reconciler.model import Change, Declared, Policy, Statement
 
@@ -23,8 +23,8 @@ def path_of(change: Change, items: Mapping[str, Declared], policy: Policy) -> Se
     return getattr(item.rules, "created_under", None) or policy.apply.search_path if item else policy.apply.search_path
 
 
-def one(conn: pg.Connection, statement: Statement, path: Sequence[str], doing: str) -> str:
-    """Run one statement inside the caller's transaction; its first answer row as text.
+def one(conn: pg.Connection, statement: Statement, path: Sequence[str], doing: str, values: Sequence[str] = ()) -> str:
+    """Run one statement inside the caller's transaction; its first answer row as text. values: for $1 ... in it.
 
     Raises what `pg.execute` raises; the role is then the statement's, and the transaction is over anyway.
     """
@@ -32,7 +32,7 @@ def one(conn: pg.Connection, statement: Statement, path: Sequence[str], doing: s
     pg.run(conn, sql.SQL("SET LOCAL search_path = {}").format(chosen))
     if statement.role is not None:
         pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(statement.role)), doing)
-    answer = pg.execute(conn, statement.text, doing=doing)
+    answer = pg.execute(conn, statement.text, doing, values)
     if statement.role is not None:
         pg.run(conn, "SET LOCAL ROLE NONE")
     return answer
@@ -51,9 +51,18 @@ def script(changes: Iterable[Change], items: Mapping[str, Declared], policy: Pol
                 yield "SET LOCAL ROLE NONE"
 
 
-def everything(conn: pg.Connection, changes: Iterable[Change], items: Mapping[str, Declared], policy: Policy) -> None:
-    """Run every statement of every change, in their order, and leave an empty search_path."""
+def everything(
+    conn: pg.Connection,
+    changes: Iterable[Change],
+    items: Mapping[str, Declared],
+    policy: Policy,
+    values: Callable[[Change], Sequence[str]],
+) -> None:
+    """Run every statement of every change, in their order, and leave an empty search_path.
+
+    values: what a change's statement needs beside its text.
+    """
     for change in changes:
         for statement in change.statements:
-            one(conn, statement, path_of(change, items, policy), change.address)
+            one(conn, statement, path_of(change, items, policy), change.address, values(change))
     pg.run(conn, "SET LOCAL search_path = ''")
