@@ -215,7 +215,7 @@ def schema() -> dict[str, Json]:
     common, definitions = definitions, {}
     properties: dict[str, Json] = {}
     for kind in kinds().values():
-        forms = {"anyOf": [of(kind.Declaration), of(kind.Retirement)]}
+        forms = {"anyOf": [*map(of, kind.forms()), of(kind.Retirement)]}
         properties[kind.section] = {"type": "object", "additionalProperties": forms}
     for check in checks().values():
         forms = [of(form) for form in check.forms()]
@@ -449,7 +449,7 @@ def _items(
             if len(problems) > before:
                 continue
             retired = _retired(entry)
-            form = kind.Retirement if retired else kind.Declaration
+            form = kind.Retirement if retired else kind.form(data)
             declaration, found = validate(form, entry.document, entry.path, data, entry.file)
             problems += found
             if declaration is None:

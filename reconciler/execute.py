@@ -56,7 +56,7 @@ def everything(
     changes: Iterable[Change],
     items: Mapping[str, Declared],
     policy: Policy,
-    values: Callable[[Change], Sequence[str]],
+    values: Callable[[Change], Sequence[str]] = lambda change: (),  # noqa: ARG005 - most have none
 ) -> None:
     """Run every statement of every change, in their order, and leave an empty search_path.
 

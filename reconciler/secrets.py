@@ -183,9 +183,10 @@ def _file(path: Path, source: Source, address: Address) -> bytes | None:
         return None
     except OSError as error:
         raise UsageError(f"{address}: cannot read {source}: {error.strerror}.") from None
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise UsageError(f"{address}: {source} is no ordinary file.")
     with os.fdopen(opened, "rb") as file:
-        if not stat.S_ISREG(os.fstat(opened).st_mode):
-            raise UsageError(f"{address}: {source} is no ordinary file.")
         return file.read(LONGEST + 3)
 
 

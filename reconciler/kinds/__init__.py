@@ -84,6 +84,14 @@ class Kind(ABC, Generic[D, S, R]):
     Spec: type[S]
     Rules: type[R]
 
+    def forms(self) -> tuple[type[D], ...]:
+        """Every form of a declaration, for the JSON Schema."""
+        return (self.Declaration,)
+
+    def form(self, data: Json) -> type[D]:
+        """The form that an entry is meant to have."""
+        return self.Declaration
+
     @abstractmethod
     def declare(
         self, name: str, declaration: D, context: Context

@@ -55,16 +55,37 @@ MOST_FINDINGS = 100
 
 
 class GateDeclaration(Model):
-    """What a file says of one gate: `value` is the stored text, always quoted; a secret one has `value_from`."""
+    """What a file says of one gate. `value` is the stored text, always quoted."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"anyOf": [{"required": ["value"]}, {"required": ["secret", "value_from"]}]}
-    )
+    value: str
+    secret: Literal[False] = False
+    reason: str = Field(min_length=1)
+    from_: tuple[str, ...] = Field(default=(), alias="from")
+    safe: str | None = None
+    lock: Literal["free", "approval", "locked"] = "free"
+    order: tuple[str, ...] = ()
+    store: str | None = None
 
-    value: str = ""
+
+PLAIN = ("value", "from", "safe", "order")
+"""Keys that name values."""
+
+
+def _without_plain(schema: JsonObject) -> None:
+    for name in PLAIN:
+        schema["properties"].pop(name)
+    schema["required"] = ["secret", "value_from", "reason"]
+
+
+class SecretDeclaration(Model):
+    """What a file says of a secret gate. The keys that name values are known only so that it can be said why not."""
+
+    model_config = ConfigDict(json_schema_extra=_without_plain)
+
     secret: bool = False
     value_from: Source | None = None
     reason: str = Field(min_length=1)
+    value: str | None = None
     from_: tuple[str, ...] = Field(default=(), alias="from")
     safe: str | None = None
     lock: Literal["free", "approval", "locked"] = "free"
@@ -105,7 +126,7 @@ class SecretRules(GateRules):
     value_from: Source | None = None
 
 
-class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
+class Gate(Kind[GateDeclaration | SecretDeclaration, GateSpec, GateRules]):
     """Reads, compares and sets gates."""
 
     name = "gate"
@@ -116,17 +137,24 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
     Spec = GateSpec
     Rules = GateRules
 
+    def forms(self) -> tuple[type[GateDeclaration | SecretDeclaration], ...]:
+        """Two."""
+        return GateDeclaration, SecretDeclaration
+
+    def form(self, data: Json) -> type[GateDeclaration | SecretDeclaration]:
+        """What says `secret`, or where a value is from, is meant as a secret."""
+        keys = cast("JsonObject", data) if isinstance(data, dict) else {}
+        plain = keys.get("secret", False) is False and "value_from" not in keys
+        return GateDeclaration if plain else SecretDeclaration
+
     def declare(
-        self, name: str, declaration: GateDeclaration, context: Context
+        self, name: str, declaration: GateDeclaration | SecretDeclaration, context: Context
     ) -> tuple[GateSpec | None, GateRules | None, list[Complaint | Problem]]:
         """Find the store and refuse what can never be right: an armed locked gate, a value outside its own order."""
         store, problem = _store(declaration.store, context)
-        if declaration.secret or declaration.value_from is not None:
+        if isinstance(declaration, SecretDeclaration):
             return _secret(name, declaration, store, [] if store else [problem], context)
         problems: list[Complaint | Problem] = [] if store else [problem]
-        if "value" not in declaration.model_fields_set:
-            problems.append(Complaint((), "missing key 'value'"))
-            return None, None, problems
         if declaration.lock == "locked":
             if declaration.safe is None:
                 problems.append(Complaint(("lock",), "a locked gate needs `safe`, the only value it may hold"))
@@ -495,9 +523,6 @@ def _texts(spec: GateSpec, rules: GateRules) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in given if isinstance(text, str)))
 
 
-PLAIN = ("from", "safe", "order")
-"""Rules that name values."""
-
 HIDDEN = "(a secret)"
 
 
@@ -513,13 +538,13 @@ def _unshown(rule: Json) -> Json:
 
 
 def _secret(
-    name: str, declaration: GateDeclaration, store: GateStore | None, problems: list[Complaint], context: Context
+    name: str, declaration: SecretDeclaration, store: GateStore | None, problems: list[Complaint], context: Context
 ) -> tuple[GateSpec | None, SecretRules | None, list[Complaint | Problem]]:
     """What holds of a gate whose value stands in no file: nor does any other value that it may, or must, hold."""
     problems = list(problems)
     if not declaration.secret:
         problems.append(Complaint(("value_from",), "`value_from` is for secrets: write `secret: true` beside it"))
-    elif "value" in declaration.model_fields_set:
+    elif declaration.value is not None:
         problems.append(Complaint(("value",), "the value of a secret stands in no file: write `value_from` instead"))
     elif declaration.value_from is None:
         problems.append(Complaint(("secret",), "a secret gate needs `value_from`: {env: NAME} or {file: PATH}"))
