@@ -53,6 +53,7 @@ from reconciler.model import (
     Statement,
     Verdict,
     blocking,
+    canonical,
     milliseconds,
     tolerated,
 )
@@ -181,6 +182,9 @@ def _preflight(conn: pg.Connection, request: Request, desired: Desired, record: 
                 hint="Leave the option out.",
             )
         capabilities.check(conn, desired, plan, ledger_exists=last.exists)
+        for change in plan.changes:
+            # Once more when it is executed; a secret that is not there or another one need not hold a lock before.
+            live.values(conn, change, desired.items)
         if request.rehearsal is not None:
             carried.same_schema(conn, request.rehearsal)
         policy = last.policy or desired.policy
@@ -436,7 +440,7 @@ def _execute(conn: pg.Connection, run: _Run) -> None:
             pg.timeout(conn, min(milliseconds(run.policy.apply.statement_timeout), remaining))
             run.waits.ready(conn)
             begun = time.monotonic()
-            answer = _send(conn, change, statement, chosen) or answer
+            answer = _send(conn, run, change, statement, chosen) or answer
             run.progress.executed.append(
                 Executed(
                     address=change.address,
@@ -451,10 +455,11 @@ def _execute(conn: pg.Connection, run: _Run) -> None:
     pg.run(conn, "SET LOCAL search_path = ''")
 
 
-def _send(conn: pg.Connection, change: Change, statement: Statement, path: Sequence[str]) -> str:
+def _send(conn: pg.Connection, run: _Run, change: Change, statement: Statement, path: Sequence[str]) -> str:
     """Execute one statement. What somebody else created since the last look makes the plan stale."""
+    values = live.values(conn, change, run.desired.items)
     try:
-        return execute.one(conn, statement, path, change.address)
+        return execute.one(conn, statement, path, change.address, values)
     except ServerProblem as error:
         if change.before is None and getattr(error.__cause__, "sqlstate", None) in TAKEN:
             raise Stale(
@@ -474,7 +479,7 @@ def _marker_is_there(conn: pg.Connection, run: _Run, change: Change, answer: str
     if change.address not in found.items:
         raise Stale(
             f"{change.address}: its statement ran, but there is no row.",
-            details=[f"answer: {answer}"] if answer else (),
+            details=[f"answer: {conn.unspoken.without(answer)}"] if answer else (),
             hint="Nothing was changed. The answer says why the row was refused.",
         )
 
@@ -515,7 +520,8 @@ def _look_again(
         attested={name for approval in counted for name in approval.attestations},
         rehearsed=run.rehearsed,
     )
-    verdicts = tolerated(live.judge(conn, asked, memos), run.policy)
+    judged = (*live.judge(conn, asked, memos), *live.unjudged(run.desired, found))
+    verdicts = tolerated(judged, run.policy)
     run.progress.verdicts = verdicts
     approve.refuse(blocking(verdicts))
     return verdicts, found
@@ -544,7 +550,7 @@ def _record(conn: pg.Connection, run: _Run, before: _Confirmed, found: Live, ver
         policy=run.desired.policy,
         approvers=run.desired.approvers,
         scope=setup.scope(run.desired),
-        manifest=manifest(run.desired, found),
+        manifest=manifest(run.desired, found, before.survey.last.manifest),
         checks=tuple(verdicts),
         emergencies=approve.emergencies(
             last.emergencies, last.number + 1, recorded_at, before.approvals, before.plan, before.court
@@ -583,8 +589,18 @@ def _still(conn: pg.Connection, run: _Run, found: Live, xid: str) -> None:
         )
 
 
-def manifest(desired: Desired, found: Live) -> dict[str, Governed]:
-    """Everything declared, objects in their live form: what the next drift is measured against."""
+def manifest(desired: Desired, found: Live, last: Mapping[str, Json]) -> dict[str, Governed]:
+    """Everything declared, objects in their live form: what the next drift is measured against.
+
+    last: the one before. What could not be compared, and is tolerated so, stays as it was there.
+    """
+    unjudged = {address for address, facts in found.facts.items() if "not_judged" in facts}
+    kept = {
+        address: Governed.model_validate_json(
+            canonical({**last[address], "rules": desired.items[address].rules.dump()})
+        )
+        for address in unjudged & last.keys() & desired.items.keys()
+    }
     entries = {
         address: Governed(
             kind=item.kind,
@@ -596,12 +612,16 @@ def manifest(desired: Desired, found: Live) -> dict[str, Governed]:
             },
         )
         for address, item in desired.items.items()
-        if address in found.items
+        if address in found.items and address not in unjudged
     }
-    return entries | {
-        address: Governed(kind=check.kind, name=check.name, spec=check.spec.dump())
-        for address, check in desired.checks.items()
-    }
+    return (
+        entries
+        | kept
+        | {
+            address: Governed(kind=check.kind, name=check.name, spec=check.spec.dump())
+            for address, check in desired.checks.items()
+        }
+    )
 
 
 def _in_time(run: _Run) -> float:

@@ -25,7 +25,7 @@ from reconciler.parts import raw, relation
 from reconciler.plan import read, serialize, stamp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Collection, Generator, Mapping
     from pathlib import Path
 
     from reconciler.model import Address, ApplyPolicy, Desired, Model, Target
@@ -253,7 +253,12 @@ def _governed(conn: pg.Connection, task: Task) -> Backup:
         checked = [f"read again: {len(found.objects)} governed objects"]
         if task.verify:
             checked.append(
-                _tried(conn, task, lambda copy, place: _put_back(conn, copy, task, document["restore"], place))
+                _tried(
+                    conn,
+                    task,
+                    lambda copy, place: _put_back(conn, copy, task, document["restore"], place),
+                    without=found.not_in_it,
+                )
             )
     name = task.file("json")
     script = 'print(*json.load(open(0, encoding="utf-8"))["restore"], sep="\\n;\\n", end="\\n;\\n")'
@@ -270,6 +275,13 @@ def _governed(conn: pg.Connection, task: Task) -> Backup:
                 CHECK,
                 Step(what="Undo the run, by its ledger entry", command="reconciler revert ENTRY --out undo.plan"),
                 Step(what="Or, in a database that has none of the governed objects, make them anew", command=again),
+                *(
+                    Step(
+                        what=f"{address} is a secret and not in it: plan and apply it again, with its value given",
+                        command="reconciler plan --out again.plan",
+                    )
+                    for address in found.not_in_it
+                ),
             ),
         }
     )
@@ -321,10 +333,19 @@ def _by_command(conn: pg.Connection, task: Task, command: tuple[str, ...]) -> Ba
 # ------------------------------------------------------------------------------------------------------------ the trial
 
 
-def _tried(conn: pg.Connection, task: Task, load: Callable[[pg.Connection, str], list[str]]) -> str:
-    """Restore into a scratch database and read there what is governed: it must be what the snapshot sees here."""
+def _tried(
+    conn: pg.Connection,
+    task: Task,
+    load: Callable[[pg.Connection, str], list[str]],
+    without: Collection[Address] = (),
+) -> str:
+    """Restore into a scratch database and read there what is governed: it must be what the snapshot sees here.
+
+    without: what is not in the backup.
+    """
     task.progress("backup", "restoring it into a scratch database")
-    expected = image.objects(conn, task.governed, task.allow_functions)
+    read = image.objects(conn, task.governed, task.allow_functions)
+    expected = {address: found for address, found in read.items() if address not in without}
     complaints: list[str] = []
     with scratch.database() as place, pg.connect(place, "backup") as copy:
         try:
@@ -335,17 +356,19 @@ def _tried(conn: pg.Connection, task: Task, load: Callable[[pg.Connection, str],
         except (MissingProgram, SandboxError):
             raise
         except ReconcilerError as error:
-            raise BackupFailed(
-                f"The backup cannot be restored: {error.message}", details=[*error.details, *complaints][:20], hint=SAFE
-            ) from error
+            details = map(conn.unspoken.without, [*error.details, *complaints][:20])
+            message = f"The backup cannot be restored: {conn.unspoken.without(error.message)}"
+            raise BackupFailed(message, details=[*details], hint=SAFE) from error
         version = (copy.info.parameter_status("server_version") or "").split()[0]
     if wrong := _differing(expected, there):
         raise BackupFailed(
             f"The backup cannot be trusted: restored from it, {len(wrong)} of {len(expected)} governed objects differ.",
-            details=[*wrong, *complaints][:20],
+            details=[*map(conn.unspoken.without, [*wrong, *complaints][:20])],
             hint=SAFE,
         )
-    return f"restored into a scratch database of PostgreSQL {version}: all {len(expected)} governed objects are equal"
+    missing = f"; not in it: {', '.join(without)}" if without else ""
+    equal = f"all {len(expected)} governed objects are equal{missing}"
+    return f"restored into a scratch database of PostgreSQL {version}: {equal}"
 
 
 def _differing(expected: Mapping[Address, Model], there: Mapping[Address, Model]) -> list[str]:

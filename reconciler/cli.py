@@ -179,11 +179,11 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
     from reconciler import plan as plans
     from reconciler.errors import UsageError
     from reconciler.render import text
-    from reconciler.survey import survey
+    from reconciler.survey import survey, taken
 
     if bool(given["key"]) != bool(given["author"]) or (given["key"] and not given["out"]):
         raise UsageError("A plan is signed with --key FILE, --as NAME and --out FILE together.")
-    wanted = desired.load(given["state"], given["target"])
+    wanted = taken(desired.load(given["state"], given["target"]))
     with pg.connect(given["dsn"], "plan") as conn:
         pg.check_version(conn, allow_untested=given["allow_untested_server"])
         with pg.snapshot(conn):
@@ -621,10 +621,10 @@ def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
     from reconciler import desired, pg
     from reconciler import drift as drifting
     from reconciler.render import text
-    from reconciler.survey import survey
+    from reconciler.survey import survey, taken
 
     fail_on = drifting.finding_codes(given["fail_on"])
-    wanted = desired.load(given["state"], given["target"])
+    wanted = taken(desired.load(given["state"], given["target"]))
     with pg.connect(given["dsn"], "drift") as conn:
         pg.check_version(conn, allow_untested=given["allow_untested_server"])
         with pg.snapshot(conn):

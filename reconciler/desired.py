@@ -214,7 +214,7 @@ def schema() -> dict[str, Json]:
     common, definitions = definitions, {}
     properties: dict[str, Json] = {}
     for kind in kinds().values():
-        forms = {"anyOf": [of(kind.Declaration), of(kind.Retirement)]}
+        forms = {"anyOf": [*map(of, kind.forms()), of(kind.Retirement)]}
         properties[kind.section] = {"type": "object", "additionalProperties": forms}
     for check in checks().values():
         forms = [of(form) for form in check.forms()]
@@ -448,7 +448,7 @@ def _items(
             if len(problems) > before:
                 continue
             retired = _retired(entry)
-            form = kind.Retirement if retired else kind.Declaration
+            form = kind.Retirement if retired else kind.form(data)
             declaration, found = validate(form, entry.document, entry.path, data, entry.file)
             problems += found
             if declaration is None:
@@ -468,12 +468,20 @@ def _retired(entry: _Entry) -> bool:
     return isinstance(entry.data, dict) and "retire" in cast("dict[str, Json]", entry.data)
 
 
+def _is_secret(entry: _Entry) -> bool:
+    """Does the entry say that its value stands in no file?"""
+    return isinstance(entry.data, dict) and bool(cast("dict[str, Json]", entry.data).get("secret"))
+
+
 def _gates_exist(entry: _Entry, gates: Sequence[str], known: Mapping[str, _Entry]) -> list[Problem]:
     """A function may only name gates that are declared: a misspelt gate would guard nothing, nor does a retired one."""
     problems: list[Problem] = []
     for index, gate in enumerate(gates):
         if gate in known and _retired(known[gate]):
             message = f"gate {gate!r} is retired at {known[gate].place}"
+            problems.append(entry.problem(message, ("gates", index), value=True))
+        elif gate in known and _is_secret(known[gate]):
+            message = f"gate {gate!r} is a secret: no proof may arm it, and no refusal may name its value"
             problems.append(entry.problem(message, ("gates", index), value=True))
         if gate not in known:
             near = difflib.get_close_matches(gate, known, 1)
@@ -503,15 +511,15 @@ def _gates_proven(
 
 
 def _armed_exist(judged: Mapping[str, Check], sections: Mapping[str, Mapping[str, _Entry]]) -> list[Problem]:
-    """A proof may only arm gates that are declared."""
+    """A proof may only arm gates that are declared, and that a file may name a value of."""
     problems: list[Problem] = []
     for check in judged.values():
         for number, gate in armed(check.spec) if isinstance(check.spec, ProofSpec) else ():
             known = sections.get("gates", {})
-            if gate not in known or _retired(known[gate]):
+            if gate not in known or _retired(known[gate]) or _is_secret(known[gate]):
                 entry = sections["proofs"][check.name]
                 where = ("steps", number) if "steps" in entry.data else ()
-                what = "retired" if gate in known else "not declared"
+                what = "not declared" if gate not in known else "retired" if _retired(known[gate]) else "a secret"
                 problems.append(entry.problem(f"gate {gate!r} is {what}", (*where, "arm", gate)))
     return problems
 

@@ -26,6 +26,7 @@ from reconciler.model import (
     blocking,
 )
 from reconciler.plan import of_kind, stamp
+from reconciler.secrets import KEY
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -75,6 +76,9 @@ def classify(desired: Desired, last: Mapping[str, Json], live: Live, *, last_kno
         now = None if found is None else kind.essence(found).dump()
         wanted = None if item is None or isinstance(item.spec, Absent) else kind.essence(item.spec).dump()
         applied = last[address]["spec"] if address in last else None
+        unjudged = live.facts.get(address, {}).get("not_judged")
+        if unjudged == KEY:
+            continue  # it was not read; the report says so
         if not last_known:
             if now != wanted:
                 reason = "differs from the files; what was last applied is not known"
@@ -85,6 +89,8 @@ def classify(desired: Desired, last: Mapping[str, Json], live: Live, *, last_kno
         if item is None:
             reason = "the ledger governs it and no file declares it any more"
             pending.append(Drift(address=address, kind=kind.name, actions=("forget",), before=applied, reason=reason))
+        elif unjudged:
+            continue  # nobody gave the value that the files want
         elif wanted is None and now is not None:
             pending.append(_moved(address, kind.name, now, None, "retired and still there"))
         elif wanted != applied and not (applied is None and now == wanted):
@@ -127,6 +133,9 @@ def report(  # noqa: PLR0913 - what the report consists of
     now: datetime,
 ) -> DriftReport:
     """The report, with the word of its exit code. fail_on: codes of findings that count as drift."""
+    # What was last applied is known without the value of a secret, and compared; what the files want is not.
+    untold = [found for found in verdicts if found.status == "not_judged" and found.missing.startswith(_SOURCES)]
+    verdicts = [verdict for verdict in verdicts if verdict not in untold]
     blocked = blocking(verdicts)
     failing = any(finding.code in fail_on for finding in findings)
     applied = None
@@ -144,8 +153,16 @@ def report(  # noqa: PLR0913 - what the report consists of
         pending=moved.pending,
         findings=tuple(findings),
         invariants=of_kind(verdicts, "invariant"),
-        not_compared=tuple(not_compared),
+        not_compared=(*not_compared, *map(_without_value, untold)),
     )
+
+
+_SOURCES = ("variable ", "file ")
+
+
+def _without_value(verdict: Verdict) -> NotCompared:
+    where = f"{verdict.address}: {verdict.missing} is not there"
+    return NotCompared.model_validate({"class": "secret, with the files", "where": where, "count": 1})
 
 
 def exit_code(found: DriftReport) -> int:

@@ -13,7 +13,7 @@ from reconciler import pg
 from reconciler.kinds import kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
     from reconciler.model import Change, Declared, Json, Policy, Statement
 
@@ -24,8 +24,8 @@ def path_of(change: Change, items: Mapping[str, Declared], policy: Policy) -> Se
     return getattr(item.rules, "created_under", None) or policy.apply.search_path if item else policy.apply.search_path
 
 
-def one(conn: pg.Connection, statement: Statement, path: Sequence[str], doing: str) -> str:
-    """Run one statement inside the caller's transaction; its first answer row as text.
+def one(conn: pg.Connection, statement: Statement, path: Sequence[str], doing: str, values: Sequence[str] = ()) -> str:
+    """Run one statement inside the caller's transaction; its first answer row as text. values: for $1 ... in it.
 
     Raises what `pg.execute` raises; the role is then the statement's, and the transaction is over anyway.
     """
@@ -33,7 +33,7 @@ def one(conn: pg.Connection, statement: Statement, path: Sequence[str], doing: s
     pg.run(conn, sql.SQL("SET LOCAL search_path = {}").format(chosen))
     if statement.role is not None:
         pg.run(conn, sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(statement.role)), doing)
-    answer = pg.execute(conn, statement.text, doing=doing)
+    answer = pg.execute(conn, statement.text, doing, values)
     if statement.role is not None:
         pg.run(conn, "SET LOCAL ROLE NONE")
     return answer
@@ -53,13 +53,20 @@ def script(changes: Iterable[Change], items: Mapping[str, Declared], policy: Pol
 
 
 def everything(
-    conn: pg.Connection, changes: Iterable[Change], items: Mapping[str, Declared], policy: Policy
+    conn: pg.Connection,
+    changes: Iterable[Change],
+    items: Mapping[str, Declared],
+    policy: Policy,
+    values: Callable[[Change], Sequence[str]] = lambda change: (),  # noqa: ARG005 - most have none
 ) -> dict[str, Json]:
-    """Run every statement of every change, in their order, and leave an empty search_path. Returns what was learned."""
+    """Run every statement of every change, in their order, and leave an empty search_path. Returns what was learned.
+
+    values: what a change's statement needs beside its text.
+    """
     found: dict[str, Json] = {}
     for change in changes:
         for statement in change.statements:
-            one(conn, statement, path_of(change, items, policy), change.address)
+            one(conn, statement, path_of(change, items, policy), change.address, values(change))
         found |= learned(conn, change)
     pg.run(conn, "SET LOCAL search_path = ''")
     return found

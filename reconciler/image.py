@@ -17,7 +17,7 @@ from reconciler.diff import changes as differences
 from reconciler.kinds import kinds
 from reconciler.model import FORMAT_VERSION, Address, JsonObject, Live, Model, Moment, Target, glob_regex
 from reconciler.parts import relation, schema_and_pattern
-from reconciler.scratch import insert, row, rows_of
+from reconciler.scratch import insert, place, row, rows_of, secret_columns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,6 +50,8 @@ class Image(Model):
     """The functions that pins name, and those of triggers of pinned tables: identity -> its statement."""
     restore: tuple[str, ...]
     """Statements that make every object anew, for one transaction of a database that has none of them."""
+    not_in_it: tuple[Address, ...] = ()
+    """Secret gates: their rows have no value here, and no statement puts them back."""
 
 
 _SETTINGS = ("client_encoding = 'UTF8'", "standard_conforming_strings = on", "check_function_bodies = off")
@@ -69,7 +71,12 @@ def take(
     """
     found = objects(conn, governed, allow_functions)
     places = rows_of(governed)
-    rows = {address: row(conn, *places[address]) for address in found if address in places}
+    hidden = secret_columns(governed)
+    rows = {
+        address: row(conn, *places[address], hidden.get(place(*places[address]), ()))
+        for address in found
+        if address in places
+    }
     pins = {name.name: name.spec.pin for name in governed.checks.values() if isinstance(name.spec, PinInvariantSpec)}
     return Image(
         tool=f"reconciler {__version__}",
@@ -83,6 +90,7 @@ def take(
         pinned={name: tuple(captured(conn, pin)) for name, pin in sorted(pins.items())},
         definitions=dict(item for pin in pins.values() for item in _definitions(conn, pin).items()),
         restore=tuple(_restore(conn, governed, allow_functions, found, rows)),
+        not_in_it=tuple(sorted(address for address in rows if place(*places[address]) in hidden)),
     )
 
 
@@ -111,7 +119,9 @@ def _restore(
     path = sql.SQL(", ").join(map(sql.Identifier, governed.policy.apply.search_path))
     script.append(sql.SQL("SET LOCAL search_path = {}").format(path).as_string(None))
     order = list(kinds())
-    for address in sorted(rows, key=lambda address: (order.index(governed.items[address].kind), address)):
+    hidden = secret_columns(governed)
+    whole = [address for address in rows if place(*places[address]) not in hidden]
+    for address in sorted(whole, key=lambda address: (order.index(governed.items[address].kind), address)):
         if (columns := rows[address]) is not None:
             script.append(insert(places[address][0], columns).as_string(None))
     return script

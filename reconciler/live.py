@@ -10,9 +10,23 @@ from typing import TYPE_CHECKING
 
 from reconciler import pg
 from reconciler.checks import CheckKind, checks
-from reconciler.errors import UsageError
+from reconciler.errors import Refused, UsageError
 from reconciler.kinds import kinds
-from reconciler.model import Address, Asked, Check, Desired, Finding, Json, Live, Model, NotCompared, Target, Verdict
+from reconciler.model import (
+    Address,
+    Asked,
+    Change,
+    Check,
+    Declared,
+    Desired,
+    Finding,
+    Json,
+    Live,
+    Model,
+    NotCompared,
+    Target,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +46,26 @@ def read(conn: pg.Connection, desired: Desired, allow_functions: Sequence[str]) 
         items.update(reading.items)
         facts.update(reading.facts)
         findings += reading.findings
+    _refuse_copies(conn, desired, items, facts)
+    findings = [finding.model_copy(update={"message": conn.unspoken.without(finding.message)}) for finding in findings]
     return Live(items, facts, tuple(sorted(findings, key=lambda finding: (finding.code, finding.address))))
+
+
+def _refuse_copies(
+    conn: pg.Connection, desired: Desired, items: Mapping[str, Model], facts: Mapping[str, Mapping[str, Json]]
+) -> None:
+    """What is shown of other objects must not be a secret. Raises Refused, naming where it stands."""
+    found = sorted(
+        address
+        for address in desired.items
+        if conn.unspoken.held_by([items[address].dump() if address in items else None, facts.get(address)])
+    )
+    if found:
+        raise Refused(
+            f"The value of a secret gate stands also in {found[0]}, which would be shown.",
+            details=found[1:],
+            hint="Nothing was changed. Take it out of there, or call that a secret too; then change the value.",
+        )
 
 
 def judge(conn: pg.Connection, asked: Asked, memos: Mapping[Address, Json] | None = None) -> tuple[Verdict, ...]:
@@ -44,8 +77,41 @@ def judge(conn: pg.Connection, asked: Asked, memos: Mapping[Address, Json] | Non
     # sessions of the first, and a background worker that has ended meanwhile as one without a type.
     pg.rows(conn, "SELECT pg_catalog.pg_stat_clear_snapshot()::pg_catalog.text AS cleared")
     return tuple(
-        kind.run(conn, check, replace(asked, memo=(memos or {}).get(check.address))) for kind, check in _checks(asked)
+        spoken(conn, kind.run(conn, check, replace(asked, memo=(memos or {}).get(check.address))))
+        for kind, check in _checks(asked)
     )
+
+
+def spoken(conn: pg.Connection, verdict: Verdict) -> Verdict:
+    """What a check says may be of the database's own making: a function can answer, or raise, what it reads."""
+    return verdict.model_copy(
+        update={
+            name: conn.unspoken.without(text)
+            for name in ("detail", "before", "after", "predicted")
+            if (text := getattr(verdict, name)) is not None
+        }
+    )
+
+
+def unjudged(desired: Desired, found: Live) -> tuple[Verdict, ...]:
+    """A verdict for each object that could not be compared: a secret without the key, or without its value. Pure."""
+    missing = {address: str(facts["not_judged"]) for address, facts in found.facts.items() if "not_judged" in facts}
+    return tuple(
+        Verdict(
+            address=address,
+            status="not_judged",
+            detail=f"{what} is not there, so nobody can tell if its secret is the declared one",
+            missing=what,
+        )
+        for address, what in sorted(missing.items())
+        if address in desired.items
+    )
+
+
+def values(conn: pg.Connection, change: Change, items: Mapping[Address, Declared]) -> tuple[str, ...]:
+    """What the places $1 ... of the change's statement stand for; nothing for most. Raises UsageError, Stale."""
+    item = items.get(change.address)
+    return () if item is None or "forget" in change.actions else kinds()[item.kind].bound(conn, change, item.rules)
 
 
 def remember(conn: pg.Connection, asked: Asked) -> dict[Address, Json]:
@@ -56,7 +122,7 @@ def remember(conn: pg.Connection, asked: Asked) -> dict[Address, Json]:
 def numbers(conn: pg.Connection, asked: Asked) -> dict[Address, str]:
     """What each row of the surface is now, by address; what cannot be read is left out."""
     found = {check.address: kind.number(conn, check, asked) for kind, check in _checks(asked)}
-    return {address: number for address, number in found.items() if number is not None}
+    return {address: conn.unspoken.without(number) for address, number in found.items() if number is not None}
 
 
 def _checks(asked: Asked) -> list[tuple[CheckKind, Check]]:

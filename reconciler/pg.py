@@ -17,6 +17,7 @@ from psycopg.rows import dict_row
 
 from reconciler.errors import Locked, MissingPrivilege, ReconcilerError, ServerProblem, Stale
 from reconciler.model import Target
+from reconciler.secrets import Unspoken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -94,6 +95,11 @@ class Connection(psycopg.Connection[dict[str, Any]]):
     limit: Limit | None = None
     patience: float = math.inf
     """Seconds that one answer may take."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:  # noqa: ANN401 - what psycopg hands over
+        """`unspoken`: the secret values that this connection has seen."""
+        super().__init__(*given, **options)
+        self.unspoken = Unspoken()
 
     def wait(self, gen: PQGen[T], interval: float = LOOKS, timeout: float | None = None) -> T:
         """What psycopg calls for every message: send, and receive until the answer is whole. Raises the limit's error.
@@ -278,7 +284,7 @@ def run(conn: Connection, statement: Query, doing: str = "") -> None:
     try:
         conn.execute(statement)
     except psycopg.Error as error:
-        raise translated(error, doing) from error
+        raise translated(error, doing, unspoken=conn.unspoken) from error
 
 
 def rows(
@@ -296,7 +302,7 @@ def rows(
     try:
         return conn.execute(query, params).fetchall()
     except psycopg.Error as error:
-        raise translated(error, doing, quiet=quiet) from error
+        raise translated(error, doing, quiet=quiet, unspoken=conn.unspoken) from error
 
 
 def width(conn: Connection, query: Query, doing: str = "", *, quiet: bool = False) -> int:
@@ -304,25 +310,29 @@ def width(conn: Connection, query: Query, doing: str = "", *, quiet: bool = Fals
     try:
         return len(conn.execute(query).description or ())
     except psycopg.Error as error:
-        raise translated(error, doing, quiet=quiet) from error
+        raise translated(error, doing, quiet=quiet, unspoken=conn.unspoken) from error
 
 
 _CHANGED_MEANWHILE = ("tuple concurrently", "cache lookup failed", "could not open relation with OID")
 """What the server says, as internal errors, when a catalog row changed or went away while it was at work on it."""
 
 
-def translated(error: psycopg.Error, doing: str = "", *, quiet: bool = False) -> ReconcilerError:
+def translated(
+    error: psycopg.Error, doing: str = "", *, quiet: bool = False, unspoken: Unspoken | None = None
+) -> ReconcilerError:
     """The driver's error as ours: one sentence with the SQLSTATE and what was being done.
 
     A lock that was not to be had, a deadlock and a serialization failure are `Locked` (exit 4); a catalog tuple that
     somebody else changed under us is `Stale`; a missing privilege names the object as the server does. quiet: nothing
-    of the server's words but the SQLSTATE.
+    of the server's words but the SQLSTATE. unspoken: of the connection; what quotes a secret is not repeated either.
     """
     state = error.sqlstate or "no SQLSTATE"
-    primary = error.diag.message_primary or _first_line(error)
+    first = primary = error.diag.message_primary or _first_line(error)
     if quiet:
         # Casting a secret to a number, or to a role, makes the server quote it; a pull request would print it.
         primary = "the time-out ran out" if state == "57014" else "the server refused the query"
+    elif unspoken is not None and _may_quote(error, unspoken):
+        primary, quiet = f"{type(error).__name__}; the server's words may quote a secret and are left out", True
     prefix = f"{doing}: " if doing else ""
     message = f"{prefix}{primary} (SQLSTATE {state})"
     details = [line for line in (error.diag.message_detail, error.diag.context) if line and not quiet]
@@ -331,7 +341,7 @@ def translated(error: psycopg.Error, doing: str = "", *, quiet: bool = False) ->
     if state in {"55P03", "40P01", "40001"}:
         hint = "Nothing was changed. Run the command again when the other session is done."
         return Locked(message, hint=hint, details=details)
-    if state == "XX000" and primary.startswith(_CHANGED_MEANWHILE):
+    if state == "XX000" and first.startswith(_CHANGED_MEANWHILE):
         return Stale(message, hint="Somebody changed this at the same time. Nothing was changed; plan again.")
     if state == "57014":
         return ServerProblem(message, hint="The statement ran into its time-out. Nothing was changed.")
@@ -342,6 +352,12 @@ def translated(error: psycopg.Error, doing: str = "", *, quiet: bool = False) ->
             hint="Nothing was changed. Run the command again when the server is back.",
         )
     return ServerProblem(message, hint="" if quiet else error.diag.message_hint or "", details=details)
+
+
+def _may_quote(error: psycopg.Error, unspoken: Unspoken) -> bool:
+    """Can a value of a secret gate be heard in it? Once one was sent, whatever the server says may be made of it."""
+    said = "\n".join(filter(None, (str(error), error.diag.message_hint, error.diag.context)))
+    return (unspoken.sent and error.sqlstate is not None) or unspoken.heard_in(said)
 
 
 SPARE = 5.0
@@ -406,17 +422,22 @@ def check_version(conn: Connection, *, allow_untested: bool) -> None:
         )
 
 
-def execute(conn: Connection, text: str, doing: str = "") -> str:
+def execute(conn: Connection, text: str, doing: str = "", values: Sequence[str] = ()) -> str:
     """Run one complete statement of a plan; its first answer row as text, or nothing.
 
     By the extended protocol (that is what `binary` chooses), which refuses a second statement in the same string.
+    values: secrets, for the places $1 ... of the text; from then on nothing that the server says is repeated.
     Raises what `translated` makes of a driver error.
     """
     try:
+        if values:
+            conn.unspoken.sent = True
+            psycopg.RawCursor(conn).execute(text.encode(), list(values), binary=True)
+            return ""
         cursor = conn.execute(text.encode(), binary=True)
         if cursor.description is None:
             return ""
         row = cursor.fetchone()
         return "" if row is None else ", ".join(str(value) for value in row.values())
     except psycopg.Error as error:
-        raise translated(error, doing) from error
+        raise translated(error, doing, unspoken=conn.unspoken) from error

@@ -119,8 +119,9 @@ def assemble(  # noqa: PLR0913 - as build
 
 
 def of_kind(verdicts: Sequence[Verdict], kind: str) -> tuple[Verdict, ...]:
-    """The verdicts of one sort of check."""
-    return tuple(verdict for verdict in verdicts if verdict.address.startswith(f"{kind}."))
+    """The verdicts of one sort of check. What was not judged of an object itself stands with the invariants."""
+    own = tuple(f"{name}." for name in (kind, *(kinds() if kind == "invariant" else ())))
+    return tuple(verdict for verdict in verdicts if verdict.address.startswith(own))
 
 
 def masked(plan: Plan) -> Plan:

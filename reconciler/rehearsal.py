@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,13 @@ from reconciler.errors import ServerProblem, UsageError
 from reconciler.model import Asked, Rehearsal, milliseconds
 from reconciler.plan import stamp
 from reconciler.prove import report
-from reconciler.survey import survey
+from reconciler.secrets import STAND_IN
+from reconciler.survey import survey, taken
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from reconciler.model import Check, Desired, Plan, ProofReport, Target, Verdict
+    from reconciler.model import Change, Check, Desired, Plan, ProofReport, Target, Verdict
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def prepared(
     dsn: str | None, desired: Desired, *, scratch: str | None = None, allow_untested: bool = False
 ) -> Generator[Rehearsed]:
     """A rehearsal of the target with the plan applied, for as long as the block runs. Raises as `prove` does."""
+    desired = taken(desired)
     with pg.connect(dsn, "prove") as conn:
         pg.check_version(conn, allow_untested=allow_untested)
         with pg.snapshot(conn):
@@ -93,16 +95,19 @@ def rehearse(dsn: str | None, scratch: str, desired: Desired, plan: Plan) -> str
         scratches.copy_roles(conn, copy)
         scratches.copy_schema(conn, copy, dsn, scratch)
         with pg.snapshot(conn):
+            hidden = scratches.secret_columns(desired)
             for table, key in scratches.rows_of(desired).values():
-                scratches.copy_row(conn, copy, table, key)
+                scratches.copy_row(conn, copy, table, key, hidden.get(scratches.place(table, key), ()))
         # Not the setup: the ledger is the target's.
         pg.run(copy, "BEGIN")
         pg.settings(copy, milliseconds(desired.policy.apply.statement_timeout))
-        execute.everything(copy, plan.changes, desired.items, desired.policy)
+        execute.everything(copy, plan.changes, desired.items, desired.policy, _stand_ins)
         pg.run(copy, "COMMIT")
+        known = desired.items.keys() - scratches.secret(desired)
+        shown = replace(desired, items={address: desired.items[address] for address in sorted(known)})
         with pg.snapshot(copy):
-            there = live.read(copy, desired, desired.policy.allow_functions)
-            left = differences(desired, there, {})
+            there = live.read(copy, shown, desired.policy.allow_functions)
+            left = differences(shown, there, {})
         if left:
             raise ServerProblem(
                 "The rehearsal is not what the plan says.",
@@ -110,6 +115,14 @@ def rehearse(dsn: str | None, scratch: str, desired: Desired, plan: Plan) -> str
             )
         version = copy.info.parameter_status("server_version") or ""
     return version.split()[0]
+
+
+def _stand_ins(change: Change) -> Sequence[str]:
+    """A scratch database has no secrets, neither those that are there nor those that are to come."""
+    sealed = [
+        spec for spec in (change.after, change.before) if spec is not None and isinstance(spec.get("value"), dict)
+    ]
+    return [STAND_IN for _ in sealed] if change.kind == "gate" else ()
 
 
 def _played(copy: Rehearsed, check: Check, asked: Asked) -> Verdict:

@@ -5,6 +5,7 @@ A rehearsal and the trial of a backup need the same. Nothing is written to the t
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -18,9 +19,10 @@ from reconciler import pg, programs, sandbox
 from reconciler.errors import ServerProblem
 from reconciler.model import Absent
 from reconciler.parts import identifier, relation
+from reconciler.secrets import STAND_IN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Generator, Mapping, Sequence
     from typing import IO, Any
 
     from reconciler.model import Address, Desired, Json
@@ -140,9 +142,35 @@ def rows_of(desired: Desired) -> dict[Address, tuple[str, dict[str, str]]]:
     return found
 
 
-def row(conn: pg.Connection, table: str, key: Mapping[str, str]) -> dict[str, str | None] | None:
-    """The row with this key, each column as text in the server's own form; generated ones are left out."""
-    columns = [found["name"] for found in pg.rows(conn, _STORED, relation(table), doing=f"reading {table}")]
+def secret_columns(desired: Desired) -> dict[tuple[str, str], set[str]]:
+    """Columns that hold a secret, by table and key of the row, for `row`: also where a marker is the same row."""
+    found: dict[tuple[str, str], set[str]] = {}
+    places = rows_of(desired)
+    for address in secret(desired):
+        rules: Any = desired.items[address].rules
+        found.setdefault(place(*places[address]), set()).add(rules.store.value)
+    return found
+
+
+def secret(desired: Desired) -> set[Address]:
+    """The gates whose values may not leave the server."""
+    return {address for address, item in desired.items.items() if getattr(item.rules, "secret", False)}
+
+
+def place(table: str, key: Mapping[str, str]) -> tuple[str, str]:
+    """Table and key as something to look a row up by."""
+    return ".".join(relation(table)), json.dumps(key, sort_keys=True)
+
+
+def row(
+    conn: pg.Connection, table: str, key: Mapping[str, str], without: Collection[str] = ()
+) -> dict[str, str | None] | None:
+    """The row with this key, each column as text in the server's own form; generated ones are left out.
+
+    without: columns that are not even read.
+    """
+    stored = [found["name"] for found in pg.rows(conn, _STORED, relation(table), doing=f"reading {table}")]
+    columns = [name for name in stored if name not in without]
     where = sql.SQL(" AND ").join(
         sql.SQL("t.{}::pg_catalog.text = {}").format(sql.Identifier(name), sql.Literal(value))
         for name, value in key.items()
@@ -173,7 +201,9 @@ def insert(table: str, row: Mapping[str, str | None]) -> sql.Composed:
     )
 
 
-def copy_row(conn: pg.Connection, copy: pg.Connection, table: str, key: Mapping[str, str]) -> None:
-    """The row with this key as it is on the target, if it is there."""
-    if (found := row(conn, table, key)) is not None:
-        pg.run(copy, insert(table, found), f"copying a row of {table}")
+def copy_row(
+    conn: pg.Connection, copy: pg.Connection, table: str, key: Mapping[str, str], secrets: Collection[str] = ()
+) -> None:
+    """The row with this key as it is on the target, if it is there. secrets: columns that get a stand-in."""
+    if (found := row(conn, table, key, secrets)) is not None:
+        pg.run(copy, insert(table, {**found, **dict.fromkeys(secrets, STAND_IN)}), f"copying a row of {table}")

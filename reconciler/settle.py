@@ -64,7 +64,7 @@ def commit(conn: pg.Connection, case: Case, record: Record) -> None:
         if not (conn.closed or conn.broken):
             # The server answered: it refused, and has rolled back.
             record.committing = False
-            raise pg.translated(error, "COMMIT") from error
+            raise pg.translated(error, "COMMIT", unspoken=conn.unspoken) from error
         if settled(case) is None:
             record.committing = False
             raise ServerProblem(

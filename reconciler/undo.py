@@ -20,9 +20,9 @@ from reconciler.survey import survey
 from reconciler.trust import check_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from reconciler.model import Desired, Json, Live, Plan
+    from reconciler.model import Change, Desired, Json, Live, Plan
 
 
 class Identity(Model):
@@ -67,13 +67,15 @@ def _round_trip(conn: pg.Connection, plan: Plan, desired: Desired) -> Identity:
     if found.plan(now).effect_digest != plan.effect_digest:
         raise Stale("The plan is stale: what is there now is not what it was made for.", hint="Plan again.")
     allowed = found.last.allow_functions
-    known = {**remembered(found.last.manifest), **execute.everything(conn, plan.changes, desired.items, desired.policy)}
-    desired = replace(desired, remembered=known)
+    learned = execute.everything(conn, plan.changes, desired.items, desired.policy, _values(conn, desired))
+    desired = replace(desired, remembered={**remembered(found.last.manifest), **learned})
     applied = live.read(conn, desired, allowed)
     if left := differences(desired, applied, {}):
         raise Refused("The plan does not lead to what it says.", details=[change.address for change in left])
     body: dict[str, Json] = {
-        "manifest": {address: entry.dump() for address, entry in manifest(desired, applied).items()},
+        "manifest": {
+            address: entry.dump() for address, entry in manifest(desired, applied, found.last.manifest).items()
+        },
         "plan": plan.dump(),
         "policy": desired.policy.dump(),
         "scope": scope(desired),
@@ -83,7 +85,7 @@ def _round_trip(conn: pg.Connection, plan: Plan, desired: Desired) -> Identity:
     undo = Undo("this plan", plan.changes, installed, body, body)
     wanted = declarations(undo, desired)
     back = differences(wanted, live.read(conn, wanted, allowed), body["manifest"])
-    execute.everything(conn, back, wanted.items, desired.policy)
+    execute.everything(conn, back, wanted.items, desired.policy, _values(conn, wanted))
     # As the catalog shows it, whatever was written: what the ledger remembered before is compared with itself.
     reverted = live.read(conn, replace(desired, remembered=remembered(found.last.manifest)), allowed)
     addresses = sorted(change.address for change in plan.changes)
@@ -102,6 +104,10 @@ def _round_trip(conn: pg.Connection, plan: Plan, desired: Desired) -> Identity:
         reverted=digest(after),
         left=left,
     )
+
+
+def _values(conn: pg.Connection, desired: Desired) -> Callable[[Change], Sequence[str]]:
+    return lambda change: live.values(conn, change, desired.items)
 
 
 def _image(found: Live, addresses: list[str]) -> dict[str, Json]:

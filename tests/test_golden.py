@@ -4,6 +4,7 @@
     earlier/      a state that was applied before, if there is one
     between.sql   what somebody did by hand after that
     state/        the state that is planned, approved, applied and planned again
+    environment   variables of all commands, NAME=value, one a line; no value of one may be printed
     change.sql    what somebody did by hand after the apply: then drift, plan and apply run again
     expected/     what was printed, and exit-codes.txt; written by `pytest tests/test_golden.py --update-golden`
 
@@ -138,9 +139,16 @@ def play(case: Case) -> None:
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
-def test_golden(folder: Path, db: Database, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_golden(
+    folder: Path, db: Database, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = Case(folder, db, tmp_path)
+    given = folder / "environment"
+    variables = [line.split("=", 1) for line in given.read_text().splitlines()] if given.exists() else []
+    for name, value in variables:
+        monkeypatch.setenv(name, value)
     play(case)
+    assert [name for name, value in variables if any(value in text for text in case.printed.values())] == []
     case.printed["exit-codes.txt"] = "".join(f"{line}\n" for line in case.codes)
     printed = {name: text for name, text in case.printed.items() if text}
     expected = folder / "expected"

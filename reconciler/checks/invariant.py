@@ -166,6 +166,9 @@ def _gate_spec(
         known = ", ".join(sorted(stores)) or "none is declared"
         return None, [Complaint(("gate",), f"`store` must name one of governance.gate_stores: {known}")]
     item = items.get(f"gate.{declaration.gate}")
+    if item is not None and getattr(item.rules, "secret", False):
+        message = f"gate {declaration.gate!r} is a secret: no file says what it holds"
+        return None, [Complaint(("gate",), message)]
     spec = GateInvariantSpec(
         gate=declaration.gate,
         equals=declaration.equals,

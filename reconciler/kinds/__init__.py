@@ -85,6 +85,14 @@ class Kind(ABC, Generic[D, S, R]):
     Spec: type[S]
     Rules: type[R]
 
+    def forms(self) -> tuple[type[D], ...]:
+        """Every form of a declaration, for the JSON Schema."""
+        return (self.Declaration,)
+
+    def form(self, data: Json) -> type[D]:
+        """The form that an entry is meant to have."""
+        return self.Declaration
+
     @abstractmethod
     def declare(
         self, name: str, declaration: D, context: Context
@@ -158,6 +166,25 @@ class Kind(ABC, Generic[D, S, R]):
     def essence(self, live: S) -> S:
         """What of a live object the ledger remembers and drift is judged by."""
         return live
+
+    def bound(self, conn: pg.Connection, change: Change, rules: R) -> tuple[str, ...]:
+        """What the places $1 ... of its statement stand for: secrets, read anew and found to be the approved ones.
+
+        Raises UsageError when nobody gives one, Stale when it is another one.
+        """
+        return ()
+
+    def taken(self, item: Declared) -> Declared:
+        """The declaration with what only the environment of this process says. Raises UsageError."""
+        return item
+
+    def guarded(self, desired: Desired, known: Mapping[str, Json]) -> list[str]:
+        """What is declared and may not be, because of what the ledger knows of this kind: its manifest. Sentences."""
+        return []
+
+    def hidden(self, desired: Desired, known: Mapping[str, Json]) -> dict[str, Json]:
+        """Entries of the ledger's manifest that hold what the files now call secret, as they may be shown."""
+        return {}
 
     def masked(self, after: S, rules: R) -> S:
         """The wanted object without values that a plan for strangers must not show."""

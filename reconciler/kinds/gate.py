@@ -1,14 +1,19 @@
-"""Kind `gate`: one row of a configuration table, held at an exact value by compare-and-set."""
+"""Kind `gate`: one row of a configuration table, held at an exact value by compare-and-set.
+
+Of a secret gate nobody but the server and the apply knows the value: here are its HMACs, and places in its statements.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from psycopg import sql
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from reconciler import pg
-from reconciler.errors import Problem, ServerProblem
+from reconciler import pg, secrets
+from reconciler.errors import Problem, ServerProblem, Stale, UsageError
 from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted
 from reconciler.model import (
     Absent,
@@ -24,6 +29,7 @@ from reconciler.model import (
     Model,
     Need,
     Statement,
+    canonical,
     glob_regex,
 )
 from reconciler.parts import (
@@ -35,11 +41,13 @@ from reconciler.parts import (
     identifier,
     mentioned,
     raw,
+    relation,
     row_lock,
     table,
     table_lock,
     write_needs,
 )
+from reconciler.secrets import Sealed, Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +60,34 @@ class GateDeclaration(Model):
     """What a file says of one gate. `value` is the stored text, always quoted."""
 
     value: str
+    secret: Literal[False] = False
     reason: str = Field(min_length=1)
+    from_: tuple[str, ...] = Field(default=(), alias="from")
+    safe: str | None = None
+    lock: Literal["free", "approval", "locked"] = "free"
+    order: tuple[str, ...] = ()
+    store: str | None = None
+
+
+PLAIN = ("value", "from", "safe", "order")
+"""Keys that name values."""
+
+
+def _without_plain(schema: JsonObject) -> None:
+    for name in PLAIN:
+        schema["properties"].pop(name)
+    schema["required"] = ["secret", "value_from", "reason"]
+
+
+class SecretDeclaration(Model):
+    """What a file says of a secret gate. The keys that name values are known only so that it can be said why not."""
+
+    model_config = ConfigDict(json_schema_extra=_without_plain)
+
+    secret: bool = False
+    value_from: Source | None = None
+    reason: str = Field(min_length=1)
+    value: str | None = None
     from_: tuple[str, ...] = Field(default=(), alias="from")
     safe: str | None = None
     lock: Literal["free", "approval", "locked"] = "free"
@@ -63,6 +98,7 @@ class GateDeclaration(Model):
 class GateRetirement(Retirement):
     """What a file says of a gate that is taken out."""
 
+    secret: bool = False
     store: str | None = None
 
 
@@ -71,7 +107,7 @@ class GateSpec(Model):
 
     table: str
     key: str
-    value: str | None
+    value: str | Sealed | None
 
 
 class GateRules(Model):
@@ -85,7 +121,14 @@ class GateRules(Model):
     reason: str
 
 
-class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
+class SecretRules(GateRules):
+    """The same for a secret gate. `value_from` is None for one that is retired."""
+
+    secret: Literal[True] = True
+    value_from: Source | None = None
+
+
+class Gate(Kind[GateDeclaration | SecretDeclaration, GateSpec, GateRules]):
     """Reads, compares and sets gates."""
 
     name = "gate"
@@ -96,14 +139,24 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
     Spec = GateSpec
     Rules = GateRules
 
+    def forms(self) -> tuple[type[GateDeclaration | SecretDeclaration], ...]:
+        """Two."""
+        return GateDeclaration, SecretDeclaration
+
+    def form(self, data: Json) -> type[GateDeclaration | SecretDeclaration]:
+        """What says `secret`, or where a value is from, is meant as a secret."""
+        keys = cast("JsonObject", data) if isinstance(data, dict) else {}
+        plain = keys.get("secret", False) is False and "value_from" not in keys
+        return GateDeclaration if plain else SecretDeclaration
+
     def declare(
-        self, name: str, declaration: GateDeclaration, context: Context
+        self, name: str, declaration: GateDeclaration | SecretDeclaration, context: Context
     ) -> tuple[GateSpec | None, GateRules | None, list[Complaint | Problem]]:
         """Find the store and refuse what can never be right: an armed locked gate, a value outside its own order."""
-        problems: list[Complaint | Problem] = []
         store, problem = _store(declaration.store, context)
-        if store is None:
-            problems.append(problem)
+        if isinstance(declaration, SecretDeclaration):
+            return _secret(name, declaration, store, [] if store else [problem], context)
+        problems: list[Complaint | Problem] = [] if store else [problem]
         if declaration.lock == "locked":
             if declaration.safe is None:
                 problems.append(Complaint(("lock",), "a locked gate needs `safe`, the only value it may hold"))
@@ -140,27 +193,40 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
         store, problem = _store(retirement.store, context)
         if store is None:
             return None, None, [problem]
-        return Absent(retire=retirement.retire), GateRules(store=store, reason=retirement.retire), []
+        if retirement.secret and (complaint := _readable_otherwise(store, context)):
+            return None, None, [complaint]
+        form = SecretRules if retirement.secret else GateRules
+        return Absent(retire=retirement.retire), form(store=store, reason=retirement.retire), []
 
     def read(
         self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
     ) -> Reading:
         """One query per store: the declared keys, and the keys in scope that nobody declared."""
         items: dict[str, Model] = {}
-        facts: dict[str, Mapping[str, Json]] = {}
+        facts: dict[str, JsonObject] = {}
         findings: list[Finding] = []
+        sealing = secrets.key()
         for name, store in _stores(wanted, desired).items():
+            here = [item for item in wanted if isinstance(item.rules, GateRules) and item.rules.store == store]
+            secret = {item.name: item for item in here if isinstance(item.rules, SecretRules)}
             declared = {
-                item.name: _texts(item.spec, item.rules) if isinstance(item.spec, GateSpec) else ()
-                for item in wanted
-                if isinstance(item.rules, GateRules) and item.rules.store == store
+                item.name: _texts(item.spec, item.rules)
+                if isinstance(item.spec, GateSpec) and isinstance(item.rules, GateRules)
+                else ()
+                for item in here
+                # Without the key nothing of a secret gate is read: then nobody has to be able to.
+                if sealing or item.name not in secret
             }
             patterns = [glob_regex(entry.matching) for entry in desired.scope.gates if entry.store == name]
+            for key in () if sealing else secret:
+                facts[f"{self.name}.{key}"] = {"not_judged": secrets.KEY}
             if not declared and not patterns:
                 continue
             kind = _value_type(conn, name, store)
             for key, texts in declared.items():
                 facts[f"{self.name}.{key}"] = {"stored_as": _stored_as(conn, store, key, texts, kind)}
+                if key in secret and secret[key].spec == GateSpec(table=store.table, key=key, value=Sealed()):
+                    facts[f"{self.name}.{key}"] |= {"not_judged": str(_source(secret[key].rules))}
             for row in _rows(conn, name, store, sorted(declared)):
                 address = f"{self.name}.{row['key']}"
                 if address in items:
@@ -168,9 +234,14 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
                         f"gate store {name}: {store.table} holds {row['key']} twice, whatever its index says.",
                         hint="REINDEX the table and find out which row is right.",
                     )
-                items[address] = GateSpec(table=store.table, key=row["key"], value=row["value"])
+                value: str | Sealed | None = row["value"]
+                if sealing and isinstance(value, str) and row["key"] in secret:
+                    conn.unspoken.add(value)
+                    value = sealing.seal(address, store.table, value)
+                items[address] = GateSpec(table=store.table, key=row["key"], value=value)
                 facts[address] = {**facts[address], "xmin": row["xmin"], "updated_at": row["updated_at"]}
-            findings += _undeclared(conn, name, store, sorted(declared), patterns) if patterns else []
+            known = sorted({*declared, *secret})
+            findings += _undeclared(conn, name, store, known, patterns) if patterns else []
         retired = [item for item in wanted if isinstance(item.spec, Absent) and item.address in items]
         findings += [
             Finding(code="mentioned", address=item.address, message=f"{who} still names {item.name}, which is retired")
@@ -200,8 +271,11 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
     ) -> Wanted | None:
         """In sync when the stored text is equal. Otherwise the live value must be one that `from` and `order` allow.
 
-        A declared text that the column would store as another one is never equal to anything: it is refused.
+        A declared text that the column would store as another one is never equal to anything: it is refused. Of a
+        secret gate that could not be read nobody can say anything; see `live.unjudged`.
         """
+        if "not_judged" in facts:
+            return None
         stored_as: Mapping[str, Json] = facts.get("stored_as", {})
         for text in _texts(spec, rules):
             if stored_as.get(text, text) != text:
@@ -225,12 +299,21 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
     ) -> tuple[Statement, ...]:
         """One INSERT, or one UPDATE or DELETE that finds the row only while it holds the value that was approved."""
         store = rules.store
+        secret = isinstance(rules, SecretRules)
+        for spec in (before, after):
+            if spec is not None and spec.value is not None and secret != _sealed(spec):
+                raise TypeError("a secret gate has no value here, and another one no HMAC")
+        # Its places in the statement: the new value first, then the one that is there.
+        old: sql.Composable = sql.SQL("$1" if after is None else "$2")
+        new: sql.Composable = sql.SQL("$1")
+        if not secret:
+            old, new = (sql.Literal(spec.value if spec else None) for spec in (before, after))
         if after is None:
-            return () if before is None else (complete(_delete(before, store)),)
+            return () if before is None else (complete(_delete(before, store, old)),)
         if before is None:
             columns: dict[str, sql.Composable] = {
                 store.key: sql.Literal(after.key),
-                store.value: sql.Literal(after.value),
+                store.value: new,
             }
             if store.description:
                 columns[store.description] = sql.Literal(rules.reason)
@@ -250,14 +333,19 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
             statement = sql.SQL("UPDATE {} SET {} = {}{} WHERE {}").format(
                 identifier(after.table),
                 sql.Identifier(store.value),
-                sql.Literal(after.value),
+                new,
                 touch,
-                _holds(before, store),
+                _holds(before, store, old),
             )
         return (complete(statement),)
 
     def hazards(self, before: GateSpec | None, after: GateSpec | None, rules: GateRules) -> set[Hazard]:
-        """`moves_from_safe` when the row leaves its safe value, `arms_gate` when it is guarded."""
+        """`moves_from_safe` when the row leaves its safe value, `arms_gate` when it is guarded.
+
+        Which value of a secret gate is safe nobody can say: each new one of a guarded gate arms it.
+        """
+        if after is not None and _sealed(after):
+            return {"arms_gate"} if rules.lock != "free" else set()
         if after is None or rules.safe is None or after.value == rules.safe:
             return set()
         found: set[Hazard] = set()
@@ -269,6 +357,10 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
 
     def backwards(self, before: GateSpec, rules: GateRules, after: Json) -> GateRules:
         """Compare-and-set holds this way round too; `order` is a promise that a gate never moves back."""
+        if _sealed(before):
+            raise ValueError(
+                "its value is a secret, of which only an HMAC was kept; declare the value that it should have"
+            )
         order = rules.order
         if after is not None and before.value in order and after["value"] in order:
             raise ValueError(f"`order` says that it never moves back from {after['value']!r} to {before.value!r}")
@@ -276,6 +368,104 @@ class Gate(Kind[GateDeclaration, GateSpec, GateRules]):
             raise ValueError("it was NULL, which no gate can be set to")
         allowed = () if after is None else (after["value"],)
         return rules.model_copy(update={"from_": allowed})
+
+    def load_rules(self, rules: Json) -> GateRules:
+        """Those of a secret gate say so."""
+        form = SecretRules if "secret" in rules else GateRules
+        return form.model_validate_json(canonical(rules))
+
+    def bound(self, conn: pg.Connection, change: Change, rules: GateRules) -> tuple[str, ...]:
+        """The new value, from where the files say, and the one that is there; each has the HMAC that was approved."""
+        if not isinstance(rules, SecretRules):
+            return ()
+        # The statement before may have left the path of the application.
+        pg.run(conn, "SET LOCAL search_path = ''")
+        sealing = secrets.key()
+        if sealing is None:
+            raise UsageError(
+                f"{change.address} is a secret, and {secrets.KEY} is not set.", hint="Set it, and apply again."
+            )
+        found: list[str] = []
+        if change.after is not None:
+            source = _source(rules)
+            text = secrets.value(source, change.address)
+            if text is None:
+                raise UsageError(f"{change.address}: nobody gives its value: {source} is not there.")
+            conn.unspoken.add(text)
+            spec = self.load(change.after)
+            if sealing.seal(change.address, spec.table, text) != spec.value:
+                raise Stale(
+                    f"The plan is stale: {source} holds another value for {change.address} than was approved.",
+                    hint="Nothing was changed. Plan again, read it, approve it.",
+                )
+            found.append(text)
+        before = None if change.before is None else self.load(change.before)
+        if before is not None and before.value is not None:
+            rows = _rows(conn, "of a secret", rules.store, [before.key])
+            text = rows[0]["value"] if rows else None
+            if text is None or sealing.seal(change.address, before.table, text) != before.value:
+                raise Stale(
+                    f"The plan is stale: {change.address} holds another value than when it was made.",
+                    hint="Nothing was changed. Plan again, read it, approve it.",
+                )
+            conn.unspoken.add(text)
+            found.append(text)
+        return tuple(found)
+
+    def taken(self, item: Declared) -> Declared:
+        """With the HMAC of its value, where it is a secret, and both the key and the value are there."""
+        sealing = secrets.key()
+        if sealing is None or not (isinstance(item.rules, SecretRules) and isinstance(item.spec, GateSpec)):
+            return item
+        if item.place is not None:
+            secrets.apart(Path(item.place.file))
+        text = secrets.value(_source(item.rules), item.address)
+        if text is None:
+            return item
+        sealed = sealing.seal(item.address, item.spec.table, text)
+        return replace(item, spec=item.spec.model_copy(update={"value": sealed}))
+
+    def guarded(self, desired: Desired, known: Mapping[str, Json]) -> list[str]:
+        """There is one key. What the ledger knows as a secret no file calls plain, or reads by other columns."""
+        sealing = secrets.key()
+        values: list[Json] = [entry["spec"].get("value") for entry in known.values() if entry["kind"] == self.name]
+        values += [item.spec.dump().get("value") for item in desired.items.values() if item.kind == self.name]
+        keys = {cast("JsonObject", value)["key"] for value in values if isinstance(value, dict)} - {None}
+        if sealing is not None and (others := sorted(keys - {sealing.fingerprint})):
+            what = f"its fingerprint is {sealing.fingerprint}, theirs {', '.join(others)}"
+            return [f"{secrets.KEY} is not the key that the HMACs of the ledger or of the plan were made with ({what})"]
+        found: list[str] = []
+        for address, entry in known.items():
+            if entry["kind"] != self.name or "secret" not in entry["rules"]:
+                continue
+            item = desired.items.get(address)
+            if item is not None and not isinstance(item.rules, SecretRules):
+                found.append(f"{address} is a secret by the ledger: write `secret: true` also here")
+            store = self.load_rules(entry["rules"]).store
+            found += [
+                f"gate store {name} reads the table of {address}, which is a secret by the ledger, by other columns"
+                for name, other in desired.stores.items()
+                if _same_table(other, store) and not _same_columns(other, store)
+            ]
+        return found
+
+    def hidden(self, desired: Desired, known: Mapping[str, Json]) -> dict[str, Json]:
+        """A gate that was plain when it was last applied, and what compares its value."""
+        sealing = secrets.key()
+        secret = {address for address, item in desired.items.items() if isinstance(item.rules, SecretRules)}
+        found: dict[str, Json] = {}
+        for address, entry in known.items():
+            spec: JsonObject = entry["spec"]
+            if address in secret and "secret" not in entry["rules"]:
+                value: Json = spec["value"]
+                if isinstance(value, str):
+                    sealed = sealing.seal(address, spec["table"], value) if sealing else Sealed()
+                    value = sealed.dump()
+                rules = {name: _unshown(rule) if name in PLAIN else rule for name, rule in entry["rules"].items()}
+                found[address] = {**entry, "spec": {**spec, "value": value}, "rules": rules}
+            elif f"{self.name}.{spec.get('gate')}" in secret and "equals" in spec:
+                found[address] = {**entry, "spec": {**spec, "equals": HIDDEN, "declared": HIDDEN}}
+        return found
 
     def lock(
         self,
@@ -316,27 +506,100 @@ def _store(name: str | None, context: Context) -> tuple[GateStore | None, Compla
     return context.stores.get(chosen) if chosen is not None else None, complaint
 
 
-def _holds(before: GateSpec, store: GateStore) -> sql.Composed:
+def _holds(before: GateSpec, store: GateStore, value: sql.Composable) -> sql.Composed:
     """The condition that finds the row only while it holds this value.
 
     The operator by its schema: one of another schema that fits the column types better must not stand in.
     """
     old = sql.SQL("IS NULL")
     if before.value is not None:
-        old = sql.SQL("OPERATOR(pg_catalog.=) {}").format(sql.Literal(before.value))
+        old = sql.SQL("OPERATOR(pg_catalog.=) {}").format(value)
     return sql.SQL("{} OPERATOR(pg_catalog.=) {} AND {} {}").format(
         sql.Identifier(store.key), sql.Literal(before.key), sql.Identifier(store.value), old
     )
 
 
-def _delete(before: GateSpec, store: GateStore) -> sql.Composed:
-    return sql.SQL("DELETE FROM {} WHERE {}").format(identifier(before.table), _holds(before, store))
+def _delete(before: GateSpec, store: GateStore, value: sql.Composable) -> sql.Composed:
+    return sql.SQL("DELETE FROM {} WHERE {}").format(identifier(before.table), _holds(before, store, value))
 
 
 def _texts(spec: GateSpec, rules: GateRules) -> tuple[str, ...]:
     """Every text that is compared with the stored one."""
     given = (spec.value, rules.safe, *rules.from_, *rules.order)
-    return tuple(dict.fromkeys(text for text in given if text is not None))
+    return tuple(dict.fromkeys(text for text in given if isinstance(text, str)))
+
+
+HIDDEN = "(a secret)"
+
+
+def _sealed(spec: GateSpec) -> bool:
+    return isinstance(spec.value, Sealed)
+
+
+def _unshown(rule: Json) -> Json:
+    """A rule of a gate that is a secret now, without the values that it names."""
+    if isinstance(rule, list):
+        return [HIDDEN] if rule else []
+    return rule and HIDDEN
+
+
+def _secret(
+    name: str, declaration: SecretDeclaration, store: GateStore | None, problems: list[Complaint], context: Context
+) -> tuple[GateSpec | None, SecretRules | None, list[Complaint | Problem]]:
+    """What holds of a gate whose value stands in no file: nor does any other value that it may, or must, hold."""
+    problems = list(problems)
+    if not declaration.secret:
+        problems.append(Complaint(("value_from",), "`value_from` is for secrets: write `secret: true` beside it"))
+    elif declaration.value is not None:
+        problems.append(Complaint(("value",), "the value of a secret stands in no file: write `value_from` instead"))
+    elif declaration.value_from is None:
+        problems.append(Complaint(("secret",), "a secret gate needs `value_from`: {env: NAME} or {file: PATH}"))
+    given = {"from": declaration.from_, "safe": declaration.safe, "order": declaration.order}
+    problems += [
+        Complaint((key,), f"a secret gate has no `{key}`: it would name values, and those of a secret stand in no file")
+        for key, rule in given.items()
+        if rule
+    ]
+    if declaration.lock == "locked":
+        problems.append(Complaint(("lock",), "a secret gate cannot be locked: it would need `safe`, a value in a file"))
+    if store is not None and (complaint := _readable_otherwise(store, context)):
+        problems.append(complaint)
+    if problems or store is None:
+        return None, None, list(problems)
+    rules = SecretRules(
+        store=store, lock=declaration.lock, reason=declaration.reason, value_from=declaration.value_from
+    )
+    return GateSpec(table=store.table, key=name, value=Sealed()), rules, []
+
+
+def _readable_otherwise(store: GateStore, context: Context) -> Complaint | None:
+    """A column that is shown must not be the one that holds secrets."""
+    shown = {store.key, store.description, store.updated_at}
+    others = [name for name, other in context.stores.items() if _same_table(other, store)]
+    if store.value in shown or not all(_same_columns(context.stores[name], store) for name in others):
+        what = f"the columns of {store.table}: no other may be its `value`, nor in another gate store"
+        return Complaint(("secret",), f"a secret needs a store that says one thing of {what}")
+    return None
+
+
+def _same_table(one: GateStore, other: GateStore) -> bool:
+    return relation(one.table) == relation(other.table)
+
+
+def _same_columns(one: GateStore, other: GateStore) -> bool:
+    return (one.key, one.value, one.description, one.updated_at) == (
+        other.key,
+        other.value,
+        other.description,
+        other.updated_at,
+    )
+
+
+def _source(rules: Model) -> Source:
+    """Where the value comes from. Raises TypeError for a gate that has none."""
+    if not isinstance(rules, SecretRules) or rules.value_from is None:
+        raise TypeError(rules)
+    return rules.value_from
 
 
 def _value_type(conn: pg.Connection, name: str, store: GateStore) -> str:

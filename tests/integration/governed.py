@@ -24,7 +24,7 @@ from reconciler import desired, drift, pg
 from reconciler import plan as planning
 from reconciler.cli import main
 from reconciler.model import digest
-from reconciler.survey import survey
+from reconciler.survey import survey, taken
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -162,7 +162,7 @@ class Governed:
 
     def plan(self, dsn: str | None = None) -> Plan:
         """The plan, as `reconciler plan --show-values` makes it."""
-        wanted = desired.load(self.directory, None)
+        wanted = taken(desired.load(self.directory, None))
         with pg.connect(dsn or self.db.dsn, "plan") as conn, pg.snapshot(conn):
             found = survey(conn, wanted)
         moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
@@ -170,7 +170,7 @@ class Governed:
 
     def drift(self, dsn: str | None = None) -> DriftReport:
         """The report that `reconciler drift` prints."""
-        wanted = desired.load(self.directory, None)
+        wanted = taken(desired.load(self.directory, None))
         with pg.connect(dsn or self.db.dsn, "drift") as conn, pg.snapshot(conn):
             found = survey(conn, wanted)
         return drift.report(
