@@ -73,6 +73,7 @@ class _NoOneText(Exception):
     """This expression has no text of its own that the catalog would show too."""
 
 
+@lru_cache(maxsize=16384)
 def canonical_default(expression: str, type_text: str) -> str | None:
     """One text for a default expression of an argument of type `type_text` (as format_type prints it).
 

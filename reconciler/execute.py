@@ -78,8 +78,8 @@ def learned(conn: pg.Connection, change: Change) -> dict[str, Json]:
     Raises Stale when nobody could say that the text is that of the statement.
     """
     kind = kinds().get(change.kind)
-    if kind is None or change.after is None:
+    if kind is None or change.after is None or not kind.rewritten(after := kind.load(change.after)):
         return {}
     pg.run(conn, "SET LOCAL search_path = ''")
-    pair = kind.learn(conn, kind.load(change.after))
+    pair = kind.learn(conn, after)
     return {} if pair is None else {change.address: pair}

@@ -151,6 +151,10 @@ class Kind(ABC, Generic[D, S, R]):
         """
         return rules
 
+    def rewritten(self, spec: S) -> Mapping[str, Json]:
+        """The parts whose text the catalog does not keep: what `learn` must be asked for. Pure."""
+        return {}
+
     def learn(self, conn: pg.Connection, after: S) -> Json:
         """Right after the statements of a change: what the ledger must remember to know the object again, or None."""
         return None

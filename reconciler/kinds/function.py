@@ -182,7 +182,7 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
                 findings.append(Finding(code="undeclared", address=address, message=message))
         roles = _roles(conn, specs)
         leaks = _default_grants(conn)
-        meddlers = _event_triggers(conn) if any(_rewritten(spec) for spec in specs) else []
+        meddlers = _event_triggers(conn) if any(self.rewritten(spec) for spec in specs) else []
         for item in declared.values():
             spec = item.spec
             if not isinstance(spec, FunctionSpec):
@@ -201,7 +201,7 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             if absent := sorted(named - roles):
                 fact["missing_roles"] = absent
             fact |= _defaults_of(spec, leaks)
-            if meddlers and _rewritten(spec):
+            if meddlers and self.rewritten(spec):
                 fact["event_triggers"] = meddlers
             facts[item.address] = fact
         return Reading(items, facts, findings)
@@ -284,11 +284,17 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             found.add("replaces_function")
         return found
 
+    def rewritten(self, spec: FunctionSpec) -> dict[str, Json]:
+        """A body in SQL syntax, defaults that are more than constants."""
+        parts: dict[str, Json] = {"body": spec.body} if spec.sql_body else {}
+        for index, arg in enumerate(spec.args):
+            if arg.default is not None and canonical_default(arg.default, arg.type) is None:
+                parts[f"default of argument {index + 1}"] = arg.default
+        return parts
+
     def learn(self, conn: pg.Connection, after: FunctionSpec) -> Json:
         """The pair of remembered equality (DESIGN 6): what was written, and what the catalog makes of it."""
-        written = _rewritten(after)
-        if not written:
-            return None
+        written = self.rewritten(after)
         if meddlers := _event_triggers(conn):
             raise Stale(f"{after.identity}: {_meddled(meddlers)}", hint="Nothing was changed.")
         rows = _rows(conn, [(after.schema_name, after.name)], Scope())
@@ -372,17 +378,6 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             need = Need(privilege="CREATE", on="schema", name=after.schema_name, role=after.owner, addresses=at)
             found.append(need)
         return tuple(found)
-
-
-def _rewritten(spec: Model) -> dict[str, Json]:
-    """The parts whose text the catalog does not keep: a body in SQL syntax, defaults that are more than constants."""
-    if not isinstance(spec, FunctionSpec):
-        return {}
-    parts: dict[str, Json] = {"body": spec.body} if spec.sql_body else {}
-    for index, arg in enumerate(spec.args):
-        if arg.default is not None and canonical_default(arg.default, arg.type) is None:
-            parts[f"default of argument {index + 1}"] = arg.default
-    return parts
 
 
 def _shown(live: FunctionSpec, parts: Iterable[str]) -> dict[str, Json]:
