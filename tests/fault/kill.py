@@ -464,12 +464,15 @@ def images(
 ) -> list[Round]:
     """One apply, and at each wanted moment what a crash would leave; for as many seconds as it may stand still."""
     made: list[Round] = []
-    begun = time.monotonic()
+    stood = 0.0
 
     def watch(moment: Moment, line: Line) -> None:
+        nonlocal stood
         del line
-        if time.monotonic() - begun < still and wanted(moment):
+        if stood < still and wanted(moment):
+            begun = time.monotonic()
             made.append(_image(one, moment))
+            stood += time.monotonic() - begun
             tell(made[-1])
 
     with Proxy(one.server, watch, aside=WATCH) as proxy, Running(one, proxy.dsn(DATABASE)) as run:

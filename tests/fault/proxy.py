@@ -112,6 +112,13 @@ class Line:
         with suppress(OSError):
             if self.towards is not None:
                 self.towards.socket.sendall(self.pending[:passing])
+            if self.towards is self.server and passing:
+                # A socket that is closed with something unread in it takes back what was sent (unix(7), ECONNRESET),
+                # and a server may say something at any time.
+                self.client.socket.shutdown(socket.SHUT_RDWR)
+                self.server.socket.shutdown(socket.SHUT_WR)
+                while self.server.socket.recv(65536):
+                    pass
         raise Cut
 
     def hang_up(self) -> None:
