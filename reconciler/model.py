@@ -708,7 +708,7 @@ class Body(Model):
 
     format_version: str
     run_id: str
-    recorded_at: str
+    recorded_at: Moment
     target: Target
     plan: JsonObject
     approvals: tuple[Approval, ...]
