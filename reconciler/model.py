@@ -643,8 +643,8 @@ class Plan(Model):
 
     @property
     def backup(self) -> BackupPolicy:
-        """What an apply of it backs up."""
-        return self.policy.apply.backup
+        """What an apply of it backs up: nothing where nothing but the ledger gets another home."""
+        return "none" if any(change.kind == "home" for change in self.setup) else self.policy.apply.backup
 
     @property
     def has_changes(self) -> bool:

@@ -125,7 +125,8 @@ def _past(row: Row) -> Past:
 def chain(name: str, rows: Sequence[Row], anchor: Anchor | None = None) -> Verified:
     """Judge a whole chain. rows: every entry of this name, by number."""
     problems: list[str] = []
-    checked = [f"{len(rows)} entries of {name}: hashes, order, digests, approvals, signatures"]
+    count = f"{len(rows)} entr{'y' if len(rows) == 1 else 'ies'}"
+    checked = [f"{count} of {name}: hashes, order, digests, approvals, signatures, what each installs"]
     previous, used, runs = GENESIS, set[str](), set[str]()
     before: Body | None = None
     for position, row in enumerate(rows, 1):

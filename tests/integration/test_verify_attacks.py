@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from reconciler import setup
-from reconciler.errors import Refused, Stale
-from reconciler.model import canonical
+from reconciler.errors import Refused, ServerProblem, Stale
+from reconciler.model import Plan, canonical
+from reconciler.plan import dump_desired, effect_digest, effects_digest, load_desired
+from reconciler.trust import check_plan
 from tests.integration import governed
-from tests.integration.governed import applier
+from tests.integration.governed import applier, command
 from tests.integration.test_remembered import ADDRESS, REPLACED
 from tests.integration.test_remembered import text as opened
 from tests.integration.test_signatures import Signed, person
@@ -255,3 +257,66 @@ def test_a_pattern_signs_for_a_run(run: Path) -> None:
     assert "4 in-toto statements, signatures included" in judged(run, code=0)
     approvers.write_text(f'{kept}*@example.org namespaces="reconciler-approval" {hand.public}\n')
     assert "for other purposes only, not for reconciler-evidence" in judged(run)
+
+
+# -------------------------------------------------------------------------------------------------------- edited plans
+
+
+SMUGGLED = {
+    "a statement after the body": ("'true');\nEND", "'true');\nEND; DROP TABLE app.job", ServerProblem),
+    "an attribute before the body": ("BEGIN ATOMIC", "ROWS 7 BEGIN ATOMIC", ServerProblem),
+    "a setting before the body": ("BEGIN ATOMIC", "SET enable_sort TO off BEGIN ATOMIC", Stale),
+    "another end of the arguments": ("length('ab')", "length('ab')) RETURNS boolean RETURN true --", ServerProblem),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "error"), SMUGGLED.values(), ids=SMUGGLED)
+def test_a_body_or_a_default_that_is_more_than_that(
+    system: Governed, old: str, new: str, error: type[Exception]
+) -> None:
+    """Whoever writes plan files can put any text where the catalog's own is not compared; it is still one function."""
+    system.function(ADDRESS, opened())
+    plan = system.write().plan()
+    forged = _made_to_fit(plan, old, new)
+    before = system.db.execute("SELECT count(*) FROM pg_proc, pg_class")
+    with pytest.raises(error):
+        system.apply(forged)
+    assert system.db.execute("SELECT count(*) FROM pg_proc, pg_class") == before
+    assert system.entries() == 0
+    system.settle()
+
+
+def _made_to_fit(plan: Plan, old: str, new: str) -> Plan:
+    """Another text in one function, with the statements and the digests that follow from it."""
+    text = json.dumps(plan.dump())
+    wanted, there = json.dumps(new)[1:-1], json.dumps(old)[1:-1]
+    assert there in text
+    made = Plan.model_validate_json(text.replace(there, wanted))
+    declared = load_desired(made.desired)
+    effects = effects_digest(dump_desired(declared), made.setup, made.changes)
+    made = made.model_copy(update={"effects_digest": effects, "effect_digest": effect_digest(effects, made.target)})
+    check_plan(made)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------- a rehome
+
+
+def test_a_rehome_is_told_as_what_it_is(system: Governed) -> None:
+    """It makes no backup, whatever the policy says, and is not undone but said again."""
+    system.state["governance"]["apply"]["backup"] = "governed"
+    system.write().settle()
+    plan, undo = system.root / "rehome.plan", system.root / "undo.plan"
+    done = command("rehome", "-s", system.directory, "--out", plan, dsn=system.db.dsn)
+    assert "\nBackup: none.\n" in done.stdout
+    yes = ("approve", plan, "--as", "operator", "--reason", "a test", "--accept", "rehomes")
+    assert command(*yes).returncode == 0
+    folder = system.root / "evidence"
+    assert command("apply", plan, "--evidence", folder, dsn=system.db.dsn).returncode == 0
+    assert not list(folder.glob("backup-*"))
+    assert "None: nothing but the ledger is written." in (folder / "report.md").read_text()
+    done = command("revert", "2", "-s", system.directory, "--out", undo, dsn=system.db.dsn)
+    assert (done.returncode, undo.exists()) == (4, False)
+    assert "Entry 2 says where the ledger is" in done.stderr
+    assert verify(system).returncode == 0
+    system.in_sync()
