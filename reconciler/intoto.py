@@ -111,14 +111,18 @@ def signed(made: Mapping[str, JsonObject], sign: Callable[[bytes], str]) -> dict
     for step, statement in made.items():
         payload = canonical(statement)
         armoured = sign(pre_authentication(payload))
-        key = key_id(armoured)
-        envelope = {
-            "payloadType": PAYLOAD,
-            "payload": base64.b64encode(payload).decode(),
-            "signatures": [{"keyid": key, "sig": base64.b64encode(armoured.encode()).decode()}],
-        }
-        files[f"{FOLDER}/{step}.{key[:8]}.json"] = json.dumps(envelope, indent=2, sort_keys=True).encode() + b"\n"
+        files[f"{FOLDER}/{step}.{key_id(armoured)[:8]}.json"] = envelope(payload, armoured)
     return files
+
+
+def envelope(payload: bytes, armoured: str) -> bytes:
+    """The file of a statement, in its one spelling: no other statement has these bytes as its subject."""
+    made = {
+        "payloadType": PAYLOAD,
+        "payload": base64.b64encode(payload).decode(),
+        "signatures": [{"keyid": key_id(armoured), "sig": base64.b64encode(armoured.encode()).decode()}],
+    }
+    return json.dumps(made, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def key_id(armoured: str) -> str:

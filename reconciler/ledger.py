@@ -273,12 +273,12 @@ def check_shape(conn: pg.Connection, *, written_by_us: bool = False) -> int:
             (row["columns"] != _COLUMNS, "its columns are not those of a ledger"),
             (row["constraints"] != _CONSTRAINTS, "its constraints are not those of a ledger"),
             (version is None, "its triggers are not those of a ledger"),
-            (row["source"] is None or row["source"] not in setup.source(), "its trigger function is not ours"),
+            (row["code"] != [_CODE], "its trigger function is not ours"),
             (bool(row["others"]), "it has rules, policies, child tables or indexes that compute something"),
             (row["logged"] is False, "it is unlogged, so a crash would empty it"),
             (
-                written_by_us and not row["trusted"],
-                f"it belongs to {row['owner']}, whose code this role should not run",
+                written_by_us and bool(row["strangers"]),
+                f"it belongs to {', '.join(row['strangers'] or ())}, whose code this role should not run",
             ),
         )
         if is_wrong
@@ -378,6 +378,13 @@ _CONSTRAINTS = [
     "entry_previous_check: CHECK ((previous ~ '^[0-9a-f]{64}$'::text))",
     "entry_run_id_key: UNIQUE (run_id)",
 ]
+_CODE = {
+    "body": setup.source().split("$function$")[1],
+    "config": ["search_path=pg_catalog, pg_temp"],
+    "definer": False,
+    "language": "plpgsql",
+}
+"""Of the trigger function: everything that says what it does."""
 _FIRES = {1: "O", 2: "A"}
 """By the version of the ledger: when its triggers fire, as pg_trigger.tgenabled says it; `A` is always."""
 
@@ -402,9 +409,11 @@ SELECT (SELECT pg_catalog.array_agg(
        (SELECT pg_catalog.array_agg(pg_catalog.format('%s %s', t.tgenabled, pg_catalog.pg_get_triggerdef(t.oid))
                                     ORDER BY t.tgname)
           FROM pg_catalog.pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal) AS triggers,
-       (SELECT pg_catalog.max(p.prosrc) FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
-         WHERE t.tgrelid = c.oid AND NOT t.tgisinternal
-        HAVING pg_catalog.count(DISTINCT p.oid) = 1) AS source,
+       (SELECT pg_catalog.jsonb_agg(DISTINCT pg_catalog.jsonb_build_object(
+                   'body', p.prosrc, 'config', p.proconfig, 'definer', p.prosecdef, 'language', l.lanname))
+          FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+          JOIN pg_catalog.pg_language l ON l.oid = p.prolang
+         WHERE t.tgrelid = c.oid AND NOT t.tgisinternal) AS code,
        EXISTS (SELECT FROM pg_catalog.pg_rewrite r WHERE r.ev_class = c.oid)
            OR EXISTS (SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = c.oid)
            OR EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE c.oid IN (i.inhrelid, i.inhparent))
@@ -412,19 +421,25 @@ SELECT (SELECT pg_catalog.array_agg(
            OR EXISTS (SELECT FROM pg_catalog.pg_index x
                        WHERE x.indrelid = c.oid AND (x.indexprs IS NOT NULL OR x.indpred IS NOT NULL)) AS others,
        c.relpersistence = 'p' AS logged,
-       o.rolname::pg_catalog.text AS owner,
-       o.rolsuper
-           -- A superuser is a member of everything; that says nothing about whose code it should run.
-           OR (SELECT NOT me.rolsuper FROM pg_catalog.pg_roles me WHERE me.rolname = current_user)
-              AND pg_catalog.pg_has_role(o.oid, 'MEMBER')
-           OR NOT o.rolcanlogin
-              AND NOT EXISTS (SELECT FROM pg_catalog.pg_auth_members m
-                                JOIN pg_catalog.pg_roles r ON r.oid = m.member AND NOT r.rolsuper
-                               WHERE m.roleid = o.oid)
-           OR o.oid = (SELECT d.datdba FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
-           AS trusted
+       -- Of the table, of the function that it runs, of the schema that both could be dropped from and made anew in.
+       (SELECT pg_catalog.array_agg(o.rolname::pg_catalog.text ORDER BY o.rolname) FROM pg_catalog.pg_roles o
+         WHERE (o.oid = c.relowner
+                OR o.oid IN (SELECT n.nspowner FROM pg_catalog.pg_namespace n WHERE n.oid = c.relnamespace)
+                OR o.oid IN (SELECT p.proowner
+                               FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_trigger t ON t.tgfoid = p.oid
+                              WHERE t.tgrelid = c.oid AND NOT t.tgisinternal))
+           AND NOT (
+               o.rolsuper
+               -- A superuser is a member of everything; that says nothing about whose code it should run.
+               OR (SELECT NOT me.rolsuper FROM pg_catalog.pg_roles me WHERE me.rolname = current_user)
+                  AND pg_catalog.pg_has_role(o.oid, 'MEMBER')
+               OR NOT o.rolcanlogin
+                  AND NOT EXISTS (SELECT FROM pg_catalog.pg_auth_members m
+                                    JOIN pg_catalog.pg_roles r ON r.oid = m.member AND NOT r.rolsuper
+                                   WHERE m.roleid = o.oid)
+               OR o.oid = (SELECT d.datdba FROM pg_catalog.pg_database d
+                            WHERE d.datname = pg_catalog.current_database()))) AS strangers
   FROM (SELECT 1) AS one
   LEFT JOIN pg_catalog.pg_class c ON c.relname = 'entry' AND c.relkind = 'r'
         AND c.relnamespace = (SELECT n.oid FROM pg_catalog.pg_namespace n WHERE n.nspname = 'reconciler')
-  LEFT JOIN pg_catalog.pg_roles o ON o.oid = c.relowner
 """

@@ -643,8 +643,8 @@ class Plan(Model):
 
     @property
     def backup(self) -> BackupPolicy:
-        """What an apply of it backs up."""
-        return self.policy.apply.backup
+        """What an apply of it backs up: nothing where nothing but the ledger gets another home."""
+        return "none" if any(change.kind == "home" for change in self.setup) else self.policy.apply.backup
 
     @property
     def has_changes(self) -> bool:
@@ -708,7 +708,7 @@ class Body(Model):
 
     format_version: str
     run_id: str
-    recorded_at: str
+    recorded_at: Moment
     target: Target
     plan: JsonObject
     approvals: tuple[Approval, ...]

@@ -48,8 +48,13 @@ class Undo:
 
 
 def of_entry(entry: Entry, before: Entry | None, latest: Entry) -> Undo:
-    """What is to be undone, from three entries of one ledger."""
+    """What is to be undone, from three entries of one ledger. Raises Refused for one that only says where it is."""
     plan = entry.body["plan"]
+    if any(change["kind"] == "home" for change in plan.get("setup", ())):
+        raise Refused(
+            f"Entry {entry.number} says where the ledger is, and changed nothing else: there is nothing to undo.",
+            hint="Where the ledger is somewhere else again: reconciler rehome.",
+        )
     return Undo(
         name=f"entry {entry.number}",
         changes=[Change.model_validate_json(canonical(change)) for change in plan["changes"]],

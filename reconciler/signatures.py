@@ -113,16 +113,45 @@ def judge(  # noqa: PLR0913, PLR0917 - what ssh-keygen is asked
 
 
 def judge_any(message: bytes, signature: str, allowed: str, namespace: str, moment: datetime) -> Signer:
-    """As `judge`, for a signature that does not say whose it is: any principal of the list may have made it."""
+    """As `judge`, for a signature that does not say whose it is: any principal of the list may have made it.
+
+    ssh-keygen names the first line with the key, whatever it is for, so it is asked about those for this purpose only.
+    """
+    if not _is_armour(signature):
+        raise BadSignature("holds no signature that OpenSSH can read: not in the form that ssh-keygen writes")
+    entries = [(line, _options(entry.options)) for _, line, entry in _lines(allowed) if entry]
+    serving = "".join(f"{line}\n" for line, given in entries if given is not None and _serves(given, namespace))
+    names = _names(signature, serving, moment)
+    if not names and _names(signature, allowed, moment):
+        raise BadSignature(f"is by a key that the list allows for other purposes only, not for {namespace}")
+    wrong = BadSignature("is not by a key that the list knows at that time")
+    for one in (example for name in names for example in _examples(name)):
+        try:
+            return judge(message, signature, serving, one, namespace, moment)
+        except BadSignature as bad:
+            wrong = bad
+    raise wrong
+
+
+def _names(signature: str, allowed: str, moment: datetime) -> list[str]:
+    """The names and patterns of the first line that has the key of this signature, none when no line has."""
     with tempfile.TemporaryDirectory(prefix="reconciler-") as folder:
         signers, made = Path(folder, "allowed_signers"), Path(folder, "signature")
         signers.write_text(allowed, "utf-8")
         made.write_text(signature, "utf-8")
         done = _run(["-Y", "find-principals", "-f", str(signers), "-s", str(made), "-O", _at(moment)], b"")
-    names = done.stdout.decode(errors="replace").split()
-    if done.returncode or not names:
-        raise BadSignature("is not by a key that the list knows at that time")
-    return judge(message, signature, allowed, names[0].split(",")[0], namespace, moment)
+    said = [] if done.returncode else done.stdout.decode(errors="replace").split()
+    return [name for line in said for name in line.split(",") if not name.startswith("!")]
+
+
+def _examples(pattern: str) -> list[str]:
+    """Names that the pattern of a list stands for; a name is the only one that it stands for.
+
+    Several, for the list may take one of them out again (`*,!x`).
+    """
+    if not set(pattern) & set("*?"):
+        return [pattern]
+    return [pattern.replace("*", letter * 3).replace("?", letter) for letter in "x0_"]
 
 
 def _at(moment: datetime) -> str:

@@ -59,7 +59,10 @@ def _setup(change: Change) -> tuple[tuple[Statement, ...], set[Hazard]]:
     if change.kind != setup.kind_of(change.address):
         # No digest covers the word, and by it the installed policy and list are found in a plan.
         raise PlanDamaged(f"{change.address}: the plan calls it {change.kind}.", hint=EDITED)
-    return setup.statements(change), set(setup.hazards(change))
+    try:
+        return setup.statements(change), set(setup.hazards(change))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanDamaged(f"{change.address}: the plan's objects cannot be read: {type(error).__name__}.") from None
 
 
 def _again(desired: Desired, change: Change) -> tuple[tuple[Statement, ...], set[Hazard]]:

@@ -18,12 +18,14 @@ from reconciler import approve, signatures
 from reconciler.errors import NotApproved, PlanDamaged, ReconcilerError, UsageError
 from reconciler.evidence import DOCUMENT, SUMS, listing
 from reconciler.evidence import load as load_evidence
-from reconciler.intoto import FOLDER, key_id, opened, pre_authentication, statements
+from reconciler.intoto import FOLDER, envelope, key_id, opened, pre_authentication, statements
+from reconciler.kinds import kinds
 from reconciler.ledger import GENESIS, chained, lives
-from reconciler.model import FORMAT_VERSION, Body, Json, Model, Plan, canonical
+from reconciler.model import FORMAT_VERSION, Absent, Body, Json, Model, Plan, canonical
 from reconciler.plan import load as load_plan
 from reconciler.plan import read, replace_file, serialize
 from reconciler.rehome import is_one
+from reconciler.setup import scope
 from reconciler.trust import check_plan
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from reconciler.evidence import Evidence
-    from reconciler.model import Approval
+    from reconciler.model import Approval, Desired
 
 
 class Past(Model):
@@ -123,7 +125,8 @@ def _past(row: Row) -> Past:
 def chain(name: str, rows: Sequence[Row], anchor: Anchor | None = None) -> Verified:
     """Judge a whole chain. rows: every entry of this name, by number."""
     problems: list[str] = []
-    checked = [f"{len(rows)} entries of {name}: hashes, order, digests, approvals, signatures"]
+    count = f"{len(rows)} entr{'y' if len(rows) == 1 else 'ies'}"
+    checked = [f"{count} of {name}: hashes, order, digests, approvals, signatures, what each installs"]
     previous, used, runs = GENESIS, set[str](), set[str]()
     before: Body | None = None
     for position, row in enumerate(rows, 1):
@@ -172,10 +175,13 @@ def _entry(row: Row, body: Body, before: Body | None, position: int, used: set[s
         yield "its approval ids are not those of its body"
     try:
         plan = Plan.model_validate_json(canonical(body.plan))
-        check_plan(plan)
+        desired = check_plan(plan)
     except (ValidationError, ReconcilerError) as error:
         yield f"its plan does not hold: {error.message if isinstance(error, ReconcilerError) else _first(error)}"
         return
+    if desired.name != row["name"]:
+        yield f"its plan is that of {desired.name}"
+    yield from _installs(body, before, plan, desired)
     if before is not None and lives(body.target) != lives(before.target) and not is_one(plan):
         yield "it was written in another place than the entry before it, and no rehome says so"
     if before is None and position > 1:
@@ -183,16 +189,16 @@ def _entry(row: Row, body: Body, before: Body | None, position: int, used: set[s
     policy = body.policy if before is None else before.policy
     allowed = body.approvers if before is None else before.approvers
     moment = datetime.fromisoformat(body.recorded_at).astimezone(UTC)
-    court = approve.Court(
-        policy=policy,
-        allowed=allowed,
-        used=frozenset(used),
-        now=moment,
-        author=approve.author(plan, allowed, moment),
-        rehomed_at=None if before is None else before.rehomed_at,
-        target=plan.target,
-    )
     try:
+        court = approve.Court(
+            policy=policy,
+            allowed=allowed,
+            used=frozenset(used),
+            now=moment,
+            author=approve.author(plan, allowed, moment),
+            rehomed_at=None if before is None else before.rehomed_at,
+            target=plan.target,
+        )
         counted = approve.verify(
             body.approvals,
             court,
@@ -201,11 +207,57 @@ def _entry(row: Row, body: Body, before: Body | None, position: int, used: set[s
             attestations=plan.attestations,
         )
     except NotApproved as refused:
-        yield f"it was not approved: {'; '.join(refused.details)}"
+        yield f"it was not approved: {'; '.join(refused.details) or refused.message}"
         return
     open_ = before.emergencies if before else ()
     if approve.emergencies(open_, position, body.recorded_at, counted, plan, court) != body.emergencies:
         yield "what it says of broken glass is not what its approvals give"
+
+
+def _installs(body: Body, before: Body | None, plan: Plan, desired: Desired) -> Iterator[str]:
+    """What the entry says is in effect from then on, against what was approved: later entries are judged by it.
+
+    A rehome leaves in effect what was. Who may add entries could otherwise have a trifle approved, and install with it
+    a list of approvers of their own.
+    """
+    if lives(body.target) != lives(plan.target):
+        yield "it was written in another place than its plan is for"
+    if is_one(plan):
+        kept = None if before is None else (before.policy, before.approvers, before.scope, before.manifest)
+        if kept is not None and kept != (body.policy, body.approvers, body.scope, body.manifest):
+            yield "it installs more than the new home that was approved"
+        if body.rehomed_at != body.recorded_at:
+            yield "it does not say when the ledger got its new home"
+        return
+    if before is not None and body.rehomed_at != before.rehomed_at:
+        yield "it says of the ledger's last rehome what the entry before it does not"
+    if (body.policy, body.approvers) != (desired.policy, desired.approvers):
+        yield "it installs another policy or list of approvers than was approved"
+    if canonical(body.scope) != canonical(scope(desired)):
+        yield "it installs another scope than was approved"
+    if wrong := _others(body, before, plan, desired):
+        yield f"it holds other objects, rules or checks than were approved: {', '.join(sorted(wrong))}"
+
+
+def _others(body: Body, before: Body | None, plan: Plan, desired: Desired) -> set[str]:
+    """The addresses of the manifest that are not as the plan declares them, and those that it should have."""
+    found: dict[str, Json] = {address: entry.dump() for address, entry in body.manifest.items()}
+    told = {address: entry["spec"] if address in desired.checks else entry["rules"] for address, entry in found.items()}
+    declared = {address: check.spec.dump() for address, check in desired.checks.items()}
+    declared |= {address: item.rules.dump() for address, item in desired.items.items() if address in found}
+    wrong = {
+        address for address in {*told, *declared} if canonical(told.get(address)) != canonical(declared.get(address))
+    }
+    for change in plan.changes:
+        if change.after is not None:
+            kind = kinds()[change.kind]
+            approved = kind.essence(kind.load(change.after)).dump()
+            if change.address not in found or canonical(found[change.address]["spec"]) != canonical(approved):
+                wrong.add(change.address)
+    known = set[str]() if before is None else {*before.manifest} - {*found}
+    return wrong | {
+        address for address in known & {*desired.items} if not isinstance(desired.items[address].spec, Absent)
+    }
 
 
 def _anchored(name: str, rows: Sequence[Row], anchor: Anchor) -> Iterator[str]:
@@ -381,6 +433,8 @@ def _statement(file: Path, step: str, wanted: bytes, allowed: str | None, moment
         raise ValueError("is not named by the key that signed it")
     if allowed is not None:
         signatures.judge_any(pre_authentication(payload), signature, allowed, signatures.EVIDENCE, moment)
+    if file.read_bytes() != envelope(payload, signature):
+        raise ValueError("is not written as reconciler writes it")
 
 
 def _backups(told: Evidence, listed: Mapping[str, str], checked: list[str]) -> Iterator[str]:

@@ -400,7 +400,10 @@ def _as_remembered(live: FunctionSpec, pair: Json) -> tuple[FunctionSpec, dict[s
 
 
 def _event_triggers(conn: pg.Connection) -> list[Json]:
-    """The names of those that fire when a function is created: what the catalog shows then could be theirs."""
+    """The names of those that fire while a function is created and granted: what the catalog shows could be theirs.
+
+    The pair is learned when all statements of the function have run: one that fires at GRANT comes in time.
+    """
     return [
         row["name"]
         for row in pg.rows(
@@ -408,9 +411,10 @@ def _event_triggers(conn: pg.Connection) -> list[Json]:
             """
             SELECT e.evtname::pg_catalog.text AS name FROM pg_catalog.pg_event_trigger e
              WHERE e.evtenabled IN ('O', 'A') AND e.evtevent IN ('ddl_command_start', 'ddl_command_end')
-               AND (e.evttags IS NULL OR e.evttags && ARRAY['CREATE FUNCTION', 'CREATE PROCEDURE'])
+               AND (e.evttags IS NULL OR e.evttags && %s::pg_catalog.text[])
              ORDER BY 1
             """,
+            (["CREATE FUNCTION", "CREATE PROCEDURE", "ALTER ROUTINE", "GRANT", "REVOKE", "COMMENT"],),
             doing="reading event triggers",
         )
     ]
@@ -418,8 +422,8 @@ def _event_triggers(conn: pg.Connection) -> list[Json]:
 
 def _meddled(names: Sequence[Json]) -> str:
     return (
-        f"event trigger {', '.join(map(str, names))} fires when it is created, so nobody could say that what the"
-        " catalog then shows is what was written; write the body as a string after AS, and defaults as constants"
+        f"event trigger {', '.join(map(str, names))} fires when it is created or granted, so nobody could say that what"
+        " the catalog then shows is what was written; write the body as a string after AS, and defaults as constants"
     )
 
 

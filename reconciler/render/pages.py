@@ -620,7 +620,9 @@ def _ledger(found: Evidence) -> Section:
 
 def _backups(found: Evidence) -> Section:
     if not found.backups:
-        return Section("Backups", (Paragraph(("None: the policy asks for none.",)),))
+        rehomed = any(change.kind == "home" for change in found.setup)
+        why = "nothing but the ledger is written" if rehomed else "the policy asks for none"
+        return Section("Backups", (Paragraph((f"None: {why}.",)),))
     rows = [
         (
             (made.moment,),
