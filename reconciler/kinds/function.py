@@ -175,7 +175,7 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             spec = _spec(row)
             address = f"{self.name}.{spec.identity}"
             if spec.identity in declared:
-                items[address], known = _as_remembered(spec, desired.remembered.get(address))
+                items[address], known = _as_remembered(spec, row["uses"], desired.remembered.get(address))
                 facts[address] = {"xmin": row["xmin"], **known}
             elif row["in_scope"] and not row["extension"]:
                 message = f"{row['prokind_word']} {spec.identity} is in scope but no file declares it"
@@ -298,8 +298,11 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         if meddlers := _event_triggers(conn):
             raise Stale(f"{after.identity}: {_meddled(meddlers)}", hint="Nothing was changed.")
         rows = _rows(conn, [(after.schema_name, after.name)], Scope())
-        live = next((spec for spec in map(_spec, rows) if spec.identity == after.identity), None)
-        return None if live is None else {"written": written, "live": _shown(live, written)}
+        found = next(((live, row["uses"]) for row in rows if (live := _spec(row)).identity == after.identity), None)
+        if found is None:
+            return None
+        live, uses = found
+        return {"written": written, "live": _shown(live, written), "uses": uses}
 
     def lock(
         self,
@@ -387,9 +390,14 @@ def _shown(live: FunctionSpec, parts: Iterable[str]) -> dict[str, Json]:
     return {name: have.get(name) for name in parts}
 
 
-def _as_remembered(live: FunctionSpec, pair: Json) -> tuple[FunctionSpec, dict[str, Json]]:
-    """The live object with what was written in the place of the catalog's texts, for as long as those are the same."""
-    if pair is None or _shown(live, pair["live"]) != pair["live"] or live.sql_body != ("body" in pair["live"]):
+def _as_remembered(live: FunctionSpec, uses: Json, pair: Json) -> tuple[FunctionSpec, dict[str, Json]]:
+    """The live object with what was written in the place of the catalog's texts, for as long as those are the same.
+
+    uses: the objects that it depends on. One text can stand for two meanings: it does not show by which function a cast
+    is made, and if a relation is a table or a view.
+    """
+    same = pair is not None and (_shown(live, pair["live"]), uses) == (pair["live"], pair.get("uses"))
+    if not same or live.sql_body != ("body" in pair["live"]):
         return live, {}
     written: Mapping[str, Json] = pair["written"]
     args = tuple(
@@ -861,6 +869,13 @@ SELECT p.proc_xmin::pg_catalog.text AS xmin, p.oid, p.in_scope,
        CASE WHEN p.prosqlbody IS NULL THEN p.prosrc
             ELSE coalesce(pg_catalog.pg_get_function_sqlbody(p.oid), '') END AS body,
        p.probin AS binary, p.prosqlbody IS NOT NULL AS sql_body,
+       CASE WHEN p.prosqlbody IS NOT NULL OR p.proargdefaults IS NOT NULL THEN
+            (SELECT pg_catalog.array_agg(DISTINCT pg_catalog.concat_ws(' ', i.type, i.identity)
+                                         ORDER BY pg_catalog.concat_ws(' ', i.type, i.identity))
+               FROM pg_catalog.pg_depend d
+              CROSS JOIN LATERAL pg_catalog.pg_identify_object(d.refclassid, d.refobjid, d.refobjsubid) i
+              WHERE d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass AND d.objid = p.oid AND d.deptype = 'n')
+       END AS uses,
        o.rolname::pg_catalog.text AS owner,
        (SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_array(
                    g.rolname, coalesce(r.rolname, a.grantor::pg_catalog.text), a.is_grantable))

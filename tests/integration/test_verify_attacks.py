@@ -224,6 +224,46 @@ def test_an_event_trigger_that_fires_after_create(system: Governed, tag: str) ->
     system.settle()
 
 
+NAMES = """CREATE FUNCTION app.fn_open(minimum integer DEFAULT 1 + app.size('ab')) RETURNS boolean LANGUAGE sql STABLE
+SET search_path = pg_catalog, app, pg_temp
+BEGIN ATOMIC
+    SELECT app.count_of(s.name) > minimum FROM app.shelf s WHERE s.mood::app.mood = 'good';
+END;
+"""
+WORLD = """
+CREATE TYPE app.mood AS ENUM ('good', 'bad');
+CREATE TABLE app.shelf (name varchar, mood text);
+CREATE FUNCTION app.count_of(text) RETURNS integer LANGUAGE sql IMMUTABLE RETURN 1;
+CREATE FUNCTION app.size(text) RETURNS integer LANGUAGE sql IMMUTABLE RETURN 1;
+GRANT SELECT ON app.shelf TO {owner};
+"""
+ANEW = "DROP FUNCTION app.fn_open(integer);"
+OTHERS = {
+    "a cast": "CREATE FUNCTION app.feel(text) RETURNS app.mood LANGUAGE sql IMMUTABLE RETURN 'good'::app.mood;"
+    " CREATE CAST (text AS app.mood) WITH FUNCTION app.feel(text);",
+    "a view": "ALTER TABLE app.shelf RENAME TO hidden;"
+    " CREATE VIEW app.shelf AS SELECT 'x'::varchar AS name, mood FROM app.hidden;",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_one_text_that_means_something_else(system: Governed, other: str) -> None:
+    """Dropped and made again with the text of the file, when what it names is something else: the text is the same."""
+    system.sql(WORLD)
+    system.function(ADDRESS, NAMES)
+    system.write().settle()
+    before = system.db.execute("SELECT pg_get_functiondef('app.fn_open'::regproc)")
+    comment = f"COMMENT ON FUNCTION {ADDRESS} IS 'A comment.'"
+    grants = f"REVOKE ALL ON FUNCTION {ADDRESS} FROM PUBLIC; GRANT EXECUTE ON FUNCTION {ADDRESS} TO {{caller}}"
+    again = (NAMES, f"ALTER FUNCTION {ADDRESS} OWNER TO {{owner}}", grants, comment)
+    system.sql(ANEW, *again)
+    system.in_sync()  # it means the same
+    system.sql(ANEW, other, *again, "GRANT SELECT ON app.shelf TO {owner}")
+    assert system.db.execute("SELECT pg_get_functiondef('app.fn_open'::regproc)") == before
+    assert [item.address for item in system.plan().drift] == [f"function.{ADDRESS}"]
+    system.settle()
+
+
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
