@@ -396,8 +396,9 @@ def _as_remembered(live: FunctionSpec, uses: Json, pair: Json) -> tuple[Function
     uses: the objects that it depends on. One text can stand for two meanings: it does not show by which function a cast
     is made, and if a relation is a table or a view.
     """
-    same = pair is not None and (_shown(live, pair["live"]), uses) == (pair["live"], pair.get("uses"))
-    if not same or live.sql_body != ("body" in pair["live"]):
+    if pair is None or (_shown(live, pair["live"]), uses) != (pair["live"], pair.get("uses")):
+        return live, {}
+    if live.sql_body != ("body" in pair["live"]):
         return live, {}
     written: Mapping[str, Json] = pair["written"]
     args = tuple(
