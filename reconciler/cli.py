@@ -298,7 +298,9 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
         _json(approval)
     else:
         click.echo(text.approval(approval, colour=_colour(given["no_color"])), nl=False)
-    click.echo(f"Saved {out}. Next: reconciler apply {plan_file}", err=True)
+    needed = 1 if approval.break_glass else approvals.judging(made)[0].approval.needed(made.hazards)
+    there = f"; the plan needs {needed} approvals, {len(approvals.all_beside(plan_file))} lie beside it" * (needed > 1)
+    click.echo(f"Saved {out}{there}. Next: reconciler apply {plan_file}", err=True)
 
 
 @cli.command()

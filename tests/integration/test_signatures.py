@@ -142,7 +142,7 @@ def test_two_people_in_two_places_and_a_third_applies(
 def test_anyone_can_check_an_approval_with_stock_tools(db: Database, tmp_path: Path) -> None:
     signed = Signed(db, tmp_path)
     signed.plan()
-    signed.approve("operator")
+    assert "; the plan needs 2 approvals, 1 lie beside it. Next: " in signed.approve("operator")
     document = json.loads(next(tmp_path.glob("*.approval.json")).read_text())
     (tmp_path / "sig").write_text(document["signature"])
     # What `jq -cjS 'del(.checksum, .signature)'` prints.
