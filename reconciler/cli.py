@@ -978,8 +978,11 @@ def ledger(print_sql: bool, owner: str | None, since: int) -> None:
       reconciler ledger --print-sql --since 1 | psql -1 "$ADMIN_DSN"
     """
     from reconciler import setup
+    from reconciler.errors import UsageError
 
     del print_sql
+    if since > setup.VERSION:
+        raise UsageError(f"There is no version {since} of the ledger; this program makes version {setup.VERSION}.")
     click.echo(setup.source(since, owner), nl=False)
 
 

@@ -135,6 +135,8 @@ def test_a_dba_upgrades_beforehand(system: Governed) -> None:
     system.sql(printed.stdout)
     assert "ledger" not in {change.kind for change in system.plan().setup}
     assert governed.command("ledger", "--print-sql", "--since", str(setup.VERSION)).stdout == ""
+    newer = governed.command("ledger", "--print-sql", "--since", str(setup.VERSION + 1))
+    assert (newer.returncode, "There is no version 3 of the ledger" in newer.stderr) == (1, True)
 
 
 def test_an_owner_with_any_name() -> None:
