@@ -421,10 +421,10 @@ def test_in_ci_nobody_is_asked_even_with_a_terminal(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("CI", raising=False)
     assert signatures._attended()  # pyright: ignore[reportPrivateUsage] - no terminal can be had here
     monkeypatch.setenv("CI", "true")
-    assert not signatures._attended()  # pyright: ignore[reportPrivateUsage]
+    assert not signatures._attended()  # pyright: ignore[reportPrivateUsage] - no terminal can be had here
     monkeypatch.delenv("CI")
     monkeypatch.setattr("sys.stdin", None)
-    assert not signatures._attended()  # pyright: ignore[reportPrivateUsage]
+    assert not signatures._attended()  # pyright: ignore[reportPrivateUsage] - no terminal can be had here
 
 
 @pytest.mark.usefixtures("agent")
