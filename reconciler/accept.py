@@ -175,6 +175,8 @@ def written_entry(text: str, section: str, name: str, writing: Writing) -> str:
             raise ValueError("its entry names a store: retire it by hand")
     else:
         edits = [_set(text, entry, key, value) for key, value in writing.keys.items()]
+    # From the end, so that the places of the others stay; two at one place in the order they were made.
+    edits.reverse()
     for edit in sorted(edits, key=lambda edit: edit.start, reverse=True):
         text = text[: edit.start] + edit.text + text[edit.end :]
     return text

@@ -60,7 +60,7 @@ class Loop:
         try:
             while not self.stop.is_set():
                 self._once()
-                late = int((self.clock() - due) // self.every)
+                late = max(0, int((self.clock() - due) // self.every))  # a wait may end a little early
                 if late:
                     self.skipped += late
                     self.missed(late)
