@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from reconciler.errors import NotApproved, PlanDamaged
+from reconciler.model import Statement
+from reconciler.plan import effect_digest, effects_digest
+from reconciler.trust import check_plan
 from tests.integration import governed
 from tests.integration.governed import Governed, command
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from reconciler.errors import ReconcilerError
     from tests.servers import Database
 
 GATES = """\
@@ -132,7 +137,7 @@ def test_what_is_accepted_has_the_hazards_that_an_apply_would_have_had(shop: Gov
         "accepted.function.app.fn_greet(text, integer)": ("changes_owner", "security_definer"),
         "accepted.function.app.fn_total()": ("grants_execute",),
     }
-    with pytest.raises(governed.applying.NotApproved, match="Hazards not accepted: changes_owner, security_definer"):
+    with pytest.raises(NotApproved, match="Hazards not accepted: changes_owner, security_definer"):
         shop.apply(made, [shop.approve(made, accepted=["grants_execute"])])
     accepted(shop)
 
@@ -279,3 +284,46 @@ def test_done_by_hand_and_then_declared_needs_an_approval_too(shop: Governed) ->
     (change,) = shop.plan().setup
     assert (change.address, change.hazards) == ("accepted.gate.shop.open", ("arms_gate", "moves_from_safe"))
     accepted(shop)
+
+
+def test_what_was_accepted_can_be_reverted(shop: Governed, tmp_path: Path) -> None:
+    shop.sql("UPDATE app.settings SET value = '25' WHERE name = 'shop.limit'")
+    to_state(shop)
+    accepted(shop)
+    (shop.directory / "gates.yaml").write_text(GATES)
+    out = tmp_path / "undo.plan"
+    done = command("revert", "2", "-s", shop.directory, "--out", out, dsn=shop.db.dsn)
+    assert (done.returncode, done.stderr.startswith("Saved")) == (0, True), done.stderr
+    made = json.loads(out.read_text())
+    assert [(change["address"], change["after"]["value"]) for change in made["changes"]] == [("gate.shop.limit", "10")]
+
+
+@pytest.mark.parametrize(
+    ("edit", "error"),
+    [
+        ({"hazards": ()}, NotApproved),
+        ({"hazards": ("moves_from_safe",)}, NotApproved),
+        ({"address": "accepted.gate.shop.none"}, PlanDamaged),
+        ({"address": "accepted."}, PlanDamaged),
+        ({"kind": "rules"}, PlanDamaged),
+        ({"after": {"table": "app.settings"}}, PlanDamaged),
+        ({"after": {"table": "app.settings", "key": "shop.open", "value": 7}}, PlanDamaged),
+        ({"statements": (Statement(text="SELECT 1"),)}, NotApproved),
+    ],
+    ids=str,
+)
+def test_an_edited_plan_accepts_nothing(shop: Governed, edit: dict[str, Any], error: type[ReconcilerError]) -> None:
+    """Even with digests that fit: what is accepted is derived again, with its hazards."""
+    shop.sql("UPDATE app.settings SET value = 'false' WHERE name = 'shop.open'")
+    to_state(shop)
+    accepted(shop)
+    shop.sql("UPDATE app.settings SET value = 'true' WHERE name = 'shop.open'")
+    to_state(shop)
+    made = shop.plan()
+    (change,) = made.setup
+    check_plan(made)
+    edited = made.model_copy(update={"setup": (change.model_copy(update=edit),)})
+    effects = effects_digest(edited.desired, edited.setup, edited.changes)
+    digests = {"effects_digest": effects, "effect_digest": effect_digest(effects, edited.target)}
+    with pytest.raises(error):
+        check_plan(edited.model_copy(update=digests))
