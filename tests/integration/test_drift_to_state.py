@@ -290,6 +290,8 @@ def test_what_was_accepted_can_be_reverted(shop: Governed, tmp_path: Path) -> No
     shop.sql("UPDATE app.settings SET value = '25' WHERE name = 'shop.limit'")
     to_state(shop)
     accepted(shop)
+    verified = command("verify", "-s", shop.directory, dsn=shop.db.dsn)
+    assert (verified.returncode, verified.stdout.endswith("intact.\n")) == (0, True), verified.stdout
     (shop.directory / "gates.yaml").write_text(GATES)
     out = tmp_path / "undo.plan"
     done = command("revert", "2", "-s", shop.directory, "--out", out, dsn=shop.db.dsn)
