@@ -117,12 +117,11 @@ def _try(directory: Path, changed: Mapping[Path, str | None], target: str, decla
     """Would the files load, and say of this object what is live? Raises ValueError."""
     with tempfile.TemporaryDirectory(prefix="reconciler-") as place:
         copy = Path(place) / "state"
-        shutil.copytree(directory, copy, symlinks=False)
+        _copied(directory, copy)
         for path, text in changed.items():
             inside = copy / path.relative_to(directory)
-            if text is None:
-                inside.unlink()
-            else:
+            inside.unlink()  # it may be a link, and what it leads to is none of the copy
+            if text is not None:
                 inside.write_bytes(text.encode())
         try:
             loaded = desires.load(copy, target)
@@ -134,6 +133,19 @@ def _try(directory: Path, changed: Mapping[Path, str | None], target: str, decla
     same = item is not None and (isinstance(item.spec, Absent) if there is None else item.spec == there)
     if not same:
         raise ValueError("no file can say what is live")
+
+
+def _copied(directory: Path, copy: Path) -> None:
+    """The files and links of the directory; what is neither (a pipe, say) nobody reads. Raises UsageError."""
+
+    def neither(folder: str, names: list[str]) -> list[str]:
+        paths = [Path(folder, name) for name in names]
+        return [path.name for path in paths if not (path.is_symlink() or path.is_file() or path.is_dir())]
+
+    try:
+        shutil.copytree(directory, copy, symlinks=True, ignore=neither)
+    except OSError as error:
+        raise UsageError(f"Cannot copy {directory}, to try the changes: {error.strerror or error}.") from None
 
 
 def _remove(path: Path) -> None:

@@ -736,7 +736,9 @@ def _not_checked(given: Mapping[str, Any], wanted: Desired, error: ReconcilerErr
     from reconciler.render import prometheus
 
     if given["form"] == "prometheus" and given["out"] is not None:
-        before = given["out"].read_text("utf-8", "replace") if given["out"].is_file() else ""
+        before = ""
+        with suppress(OSError):
+            before = given["out"].read_text("utf-8", "replace")
         _put(given, prometheus.not_checked(wanted.name, wanted.target, before))
     _posted(given, notify.of_error(wanted.name, wanted.target, error, stamp(datetime.now(UTC))))
 

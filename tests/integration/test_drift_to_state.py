@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from reconciler.errors import NotApproved, PlanDamaged
-from reconciler.model import Statement
+from reconciler.ledger import chained
+from reconciler.model import Statement, canonical
 from reconciler.plan import effect_digest, effects_digest
 from reconciler.trust import check_plan
 from tests.integration import governed
@@ -329,3 +331,39 @@ def test_an_edited_plan_accepts_nothing(shop: Governed, edit: dict[str, Any], er
     digests = {"effects_digest": effects, "effect_digest": effect_digest(effects, edited.target)}
     with pytest.raises(error):
         check_plan(edited.model_copy(update=digests))
+
+
+def test_a_chain_that_says_another_value_than_was_accepted_is_found(shop: Governed) -> None:
+    """Somebody who can write the whole chain anew, and without an anchor: the approved plan says otherwise."""
+    shop.sql("UPDATE app.settings SET value = '25' WHERE name = 'shop.limit'")
+    to_state(shop)
+    accepted(shop)
+    query = "SELECT previous, body FROM reconciler.entry WHERE number = 2"
+    ((previous, text),) = shop.db.execute(query)
+    body = json.loads(text)
+    body["manifest"]["gate.shop.limit"]["spec"]["value"] = "26"
+    edited = canonical(body).decode()
+    with shop.around_the_trigger():
+        shop.db.execute(
+            "UPDATE reconciler.entry SET body = %s, hash = %s WHERE number = 2", [edited, chained(previous, edited)]
+        )
+    verified = command("verify", "-s", shop.directory, dsn=shop.db.dsn)
+    assert verified.returncode != 0
+    assert "it holds other objects, rules or checks than were approved: gate.shop.limit" in verified.stdout
+
+
+def test_links_and_pipes_in_the_directory(shop: Governed) -> None:
+    """A file behind a link is changed where it is, and stays behind its link."""
+    real = shop.directory / "kept" / "gates.txt"
+    real.parent.mkdir()
+    (shop.directory / "gates.yaml").rename(real)
+    (shop.directory / "gates.yaml").symlink_to("kept/gates.txt")
+    (shop.directory / "dangling.txt").symlink_to("nowhere")
+    (shop.directory / "loop").symlink_to(".")
+    os.mkfifo(shop.directory / "pipe")
+    shop.sql("UPDATE app.settings SET value = '25' WHERE name = 'shop.limit'")
+    document, _ = to_state(shop)
+    assert (document["accepted"]["written"], document["accepted"]["not_written"]) == (["gate.shop.limit"], [])
+    assert (shop.directory / "gates.yaml").is_symlink()
+    assert real.read_text() == GATES.replace("'10'", '"25"')
+    assert shop.plan().changes == ()
