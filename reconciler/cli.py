@@ -24,13 +24,16 @@ from reconciler.errors import InputError, Interrupted, ReconcilerError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from reconciler.drift import DriftReport
     from reconciler.evidence import Folder
-    from reconciler.model import Approval, Entry, Model, Outcome, Plan, Target
+    from reconciler.look import Look
+    from reconciler.model import Approval, Desired, Entry, Model, Outcome, Plan, Target
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
 FORMATS = ("text", "json")
 REPORTS = (*FORMATS, "markdown", "html")
+DRIFT_REPORTS = (*REPORTS, "prometheus", "junit")
 
 
 def _state_option(command: F) -> F:
@@ -65,6 +68,10 @@ def _output_options(command: F) -> F:
 
 def _report_options(command: F) -> F:
     return _options_for(command, REPORTS)
+
+
+def _drift_options(command: F) -> F:
+    return _options_for(command, DRIFT_REPORTS)
 
 
 def _options_for(command: F, formats: tuple[str, ...]) -> F:
@@ -609,8 +616,23 @@ class _Progress:
 @_state_option
 @_target_option
 @_server_options
-@_report_options
-@click.option("--fail-on", default="", help="Findings that also exit 2, for example undeclared,stale_heartbeat.")
+@_drift_options
+@click.option(
+    "--fail-on", default="", help="Findings or classes that also exit 2, for example undeclared,stale_heartbeat."
+)
+@click.option("--to-state", is_flag=True, help="Write what drifted into the files, for a pull request that accepts it.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the report here, whole or not at all."
+)
+@click.option(
+    "--notify",
+    metavar="URL",
+    envvar="RECONCILER_NOTIFY_URL",
+    help="Post the report as JSON (Slack reads its text); also RECONCILER_NOTIFY_URL, which other users do not see.",
+)
+@click.option("--notify-required", is_flag=True, help="Exit 1 when the report could not be posted.")
+@click.option("--every", metavar="DURATION", help="Look again and again, for example 5m, until Ctrl-C or SIGTERM.")
+@click.option("--listen", metavar="HOST:PORT", help="With --every: answer /metrics and /healthz, as 127.0.0.1:9187.")
 @click.pass_context
 def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as plan
     """Compare live with last applied (drift) and with the files (pending). Reads only.
@@ -619,34 +641,183 @@ def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as pla
     Examples:
       reconciler drift --dsn postgresql://planner@db/app -t production
       reconciler drift --format json --fail-on undeclared,stale_heartbeat
+      reconciler drift --to-state && git diff state
+      reconciler drift --every 5m --listen 127.0.0.1:9187
+      reconciler drift --format prometheus --out /var/lib/node_exporter/reconciler.prom
     """
-    from reconciler import desired, pg
+    from reconciler import accept, desired, notify
     from reconciler import drift as drifting
-    from reconciler.render import text
-    from reconciler.survey import survey, taken
+    from reconciler.survey import taken
 
     fail_on = drifting.finding_codes(given["fail_on"])
+    every = _drift_usage(given)
+    if every is not None:
+        _watch(given, fail_on, every)
+        return
     wanted = taken(desired.load(given["state"], given["target"]))
-    with pg.connect(given["dsn"], "drift") as conn:
-        pg.check_version(conn, allow_untested=given["allow_untested_server"])
-        with pg.snapshot(conn):
-            found = survey(conn, wanted)
-    moved = drifting.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
-    report = drifting.report(
-        moved,
-        target=found.target,
-        entry=found.last.entry,
-        findings=found.live.findings,
-        verdicts=found.verdicts,
-        not_compared=found.not_compared,
-        fail_on=fail_on,
-        now=datetime.now(UTC),
-    )
-    if given["form"] == "text":
-        click.echo(text.drift(report, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
-    else:
-        _document(report, given["form"], "drift")
+    try:
+        seen = _look(given, wanted, fail_on)
+    except ReconcilerError as error:
+        _not_checked(given, wanted, error)
+        raise
+    report = seen.report
+    if given["to_state"]:
+        written = accept.to_state(given["state"], wanted, seen.survey.live, seen.survey.last.manifest, report.items)
+        report = report.model_copy(update={"accepted": written})
+    _tell(given, report)
+    if not _posted(given, notify.of_report(report)):
+        ctx.exit(1)
     ctx.exit(drifting.exit_code(report))
+
+
+def _drift_usage(given: Mapping[str, Any]) -> float | None:
+    """Do the options go together? The seconds of --every, if it is given."""
+    from reconciler import notify, watch
+    from reconciler.errors import UsageError
+    from reconciler.model import milliseconds
+
+    if given["notify"]:
+        notify.check(given["notify"])
+    elif given["notify_required"]:
+        raise UsageError("--notify-required needs a URL.", hint="Name it with --notify or RECONCILER_NOTIFY_URL.")
+    if given["every"] is None:
+        if given["listen"]:
+            raise UsageError("--listen answers while drift looks again and again.", hint="Add --every 5m.")
+        return None
+    if given["to_state"]:
+        raise UsageError("--to-state writes once, for a review.", hint="Leave --every away.")
+    try:
+        every = milliseconds(given["every"]) / 1000
+    except ValueError as error:
+        raise UsageError(f"--every: {error}.") from None
+    if every < watch.SHORTEST:
+        raise UsageError(f"--every {given['every']} is too often.", hint="Once a second is the most.")
+    return every
+
+
+def _look(given: Mapping[str, Any], wanted: Desired, fail_on: frozenset[str]) -> Look:
+    from reconciler.look import look
+
+    untested: bool = given["allow_untested_server"]
+    return look(given["dsn"], wanted, fail_on=fail_on, allow_untested=untested, now=datetime.now(UTC))
+
+
+def _tell(given: Mapping[str, Any], report: DriftReport) -> None:
+    """Print the report, or write it in the place of a file."""
+    import importlib
+
+    from reconciler.render import text
+
+    form = given["form"]
+    if form == "text":
+        colour = _colour(given["no_color"]) and given["out"] is None
+        shown = text.drift(report, colour=colour, verbose=given["verbose"])
+    elif form == "json":
+        shown = f"{text.as_json(report.dump())}\n"
+    else:
+        shown = importlib.import_module(f"reconciler.render.{form}").drift(report)
+    _put(given, shown)
+
+
+def _put(given: Mapping[str, Any], shown: str) -> None:
+    from reconciler.plan import replace_file
+
+    if given["out"] is None:
+        click.echo(shown, nl=False)
+        sys.stdout.flush()
+    else:
+        replace_file(given["out"], shown.encode("utf-8", "backslashreplace"), private=False)
+
+
+def _not_checked(given: Mapping[str, Any], wanted: Desired, error: ReconcilerError) -> None:
+    """Nobody could look: metrics that are read from a file say so, and so does who is to be notified."""
+    from reconciler import notify
+    from reconciler.plan import stamp
+    from reconciler.render import prometheus
+
+    if given["form"] == "prometheus" and given["out"] is not None:
+        before = ""
+        with suppress(OSError):
+            before = given["out"].read_text("utf-8", "replace")
+        _put(given, prometheus.not_checked(wanted.name, wanted.target, before))
+    _posted(given, notify.of_error(wanted.name, wanted.target, error, stamp(datetime.now(UTC))))
+
+
+def _posted(given: Mapping[str, Any], document: dict[str, Any]) -> bool:
+    """Post it, if there is somewhere to post it to. False when that failed and was required."""
+    import time
+
+    from reconciler import notify
+
+    if not given["notify"]:
+        return True
+    try:
+        notify.post(given["notify"], document, sleep=time.sleep)
+    except notify.NotNotified as error:
+        _aside(f"Warning: {error.message}")
+        return not given["notify_required"]
+    return True
+
+
+def _watch(given: Mapping[str, Any], fail_on: frozenset[str], every: float) -> None:
+    """Look again and again; each round reads the files anew and has a connection of its own."""
+    from contextlib import ExitStack
+
+    from reconciler import desired, notify, watch
+    from reconciler.render import prometheus
+    from reconciler.render.text import printable
+    from reconciler.survey import taken
+
+    wanted = desired.load(given["state"], given["target"])
+    last: list[DriftReport] = []
+    up = False
+
+    def once() -> None:
+        nonlocal wanted, up
+        wanted = taken(desired.load(given["state"], given["target"]))
+        report = _look(given, wanted, fail_on).report
+        last[:], up = [report], True
+        _tell(given, report)
+        _posted(given, notify.of_report(report))
+
+    def failed(error: ReconcilerError) -> None:
+        nonlocal up
+        up = False
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        _aside(printable(f"{now} Not checked: {error.message}"))
+        for line in error.details:
+            _aside(printable(f"  {line}"))
+        try:
+            _not_checked(given, wanted, error)
+        except ReconcilerError as another:
+            _aside(f"Warning: {another.message}")
+
+    def missed(number: int) -> None:
+        _aside(f"Missed {number} round{'' if number == 1 else 's'}: a look took longer than {given['every']}.")
+
+    loop = watch.Loop(every, once, failed, missed)
+
+    def metrics() -> str:
+        known = prometheus.of_report(last[0], current=up) if last else prometheus.down(wanted.name, wanted.target)
+        counters = {
+            "reconciler_rounds_total": ("Rounds begun.", loop.rounds),
+            "reconciler_rounds_failed_total": ("Rounds in which nobody could look.", loop.failures),
+            "reconciler_rounds_missed_total": ("Rounds left out because one took too long.", loop.skipped),
+        }
+        return prometheus.page([*known, *prometheus.of_loop(wanted.name, wanted.target, counters)])
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    with ExitStack() as stack:
+        if given["listen"]:
+            place = watch.address(given["listen"])
+            host, port = stack.enter_context(watch.serving(place, metrics, lambda: loop.alive))
+            shown = f"[{host}]" if ":" in host else host
+            _aside(f"Listening on http://{shown}:{port}/metrics and /healthz.")
+            if not watch.is_loopback(host):
+                _aside("Warning: everybody who reaches this address can read the names of what is governed.")
+        loop.run()
+        _ignore_signals()
+    _aside("Stopped.")
 
 
 @cli.command()

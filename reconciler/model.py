@@ -10,7 +10,7 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import rfc8785
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -456,6 +456,26 @@ class Drift(Model):
     after: JsonObject | None = None
     fields: tuple[FieldChange, ...] = ()
     reason: str = ""
+
+
+DriftClass: TypeAlias = Literal[
+    "violated",
+    "not_judged",
+    "moved_pin",
+    "drift",
+    "both",
+    "pending",
+    "undeclared",
+    "break_glass",
+    "stale_heartbeat",
+    "marker_differs",
+    "mentioned",
+    "ledger_not_readable",
+    "touched",
+]
+"""What an item of a report is. `both`: live moved and so did the files. The order is that of reports."""
+
+CLASSES: tuple[DriftClass, ...] = get_args(DriftClass)
 
 
 class Lock(Model):

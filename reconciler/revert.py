@@ -25,9 +25,10 @@ from reconciler.model import (
     Scope,
     canonical,
 )
+from reconciler.setup import ACCEPTED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from reconciler.model import Entry, Model
 
@@ -57,7 +58,7 @@ def of_entry(entry: Entry, before: Entry | None, latest: Entry) -> Undo:
         )
     return Undo(
         name=f"entry {entry.number}",
-        changes=[Change.model_validate_json(canonical(change)) for change in plan["changes"]],
+        changes=[Change.model_validate_json(canonical(change)) for change in (*plan["changes"], *_accepted(plan))],
         before=before.body if before else None,
         after=entry.body,
         now=latest.body,
@@ -109,6 +110,14 @@ def declarations(undo: Undo, like: Desired) -> Desired:
         checks=judged,
         source_digest=str(undo.after.get("run_id", "")),
     )
+
+
+def _accepted(plan: JsonObject) -> Iterator[JsonObject]:
+    """What somebody did by hand and this entry accepted, as if it had done it."""
+    for change in plan.get("setup", ()):
+        if change["kind"] == "accepted":
+            address = change["address"].removeprefix(ACCEPTED)
+            yield {**change, "address": address, "kind": address.partition(".")[0]}
 
 
 def _manifest(body: JsonObject | None) -> Mapping[str, Json]:

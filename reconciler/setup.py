@@ -13,7 +13,21 @@ from postgast import split
 
 from reconciler.checks import checks
 from reconciler.kinds import kinds
-from reconciler.model import Change, Desired, FieldChange, Hazard, Json, JsonObject, Statement, Target, canonical
+from reconciler.model import (
+    Absent,
+    Change,
+    Declared,
+    Desired,
+    FieldChange,
+    Hazard,
+    Json,
+    JsonObject,
+    Live,
+    Model,
+    Statement,
+    Target,
+    canonical,
+)
 from reconciler.syntax import quote_ident
 
 if TYPE_CHECKING:
@@ -61,18 +75,20 @@ def hazards(change: Change) -> tuple[Hazard, ...]:
         return ()
     if change.kind == "home":
         return ("rehomes",)
+    if change.kind == "accepted":
+        return ("retires",) if change.after is None else ()
     if change.kind == "approvers":
         return ("changes_approvers",) if change.before is not None else ()
     return ("changes_policy",) if change.before is not None else ()
 
 
 def changes(
-    desired: Desired, *, version: int, readable: bool, installed: Mapping[str, Json] | None
+    desired: Desired, *, version: int, readable: bool, installed: Mapping[str, Json] | None, live: Live | None = None
 ) -> tuple[Change, ...]:
     """What an apply would install.
 
     version: of the ledger's schema, 0 when there is none. installed: the last entry's body, None when this name was
-    never applied here.
+    never applied here. live: for what was done by hand and the files now say too, which only the ledger has to learn.
     """
     found: list[Change] = []
     if version < VERSION:
@@ -101,7 +117,41 @@ def changes(
         if old is None or _meaning(old) != _meaning(new):
             reason = "the first one" if old is None else f"the files say another {kind} than is installed"
             found.append(_change(address, kind, old, new, reason))
-    return tuple(found)
+    return (*found, *(_accepted(desired, live, manifest) if live is not None else ()))
+
+
+ACCEPTED = "accepted."
+"""Before the address of what the files accept."""
+
+
+def _accepted(desired: Desired, live: Live, manifest: Mapping[str, Json]) -> Iterator[Change]:
+    """Drift that the files say too: nothing is executed, and it is approved like any other change of what is governed.
+
+    Otherwise it would be drift for ever, and who does a thing by hand and then declares it would need no approval.
+    """
+    known = kinds()
+    for address, item in desired.items.items():
+        if address not in manifest or "not_judged" in live.facts.get(address, {}):
+            continue
+        kind, applied = known[item.kind], manifest[address]
+        there = live.items.get(address)
+        now = None if there is None else kind.essence(there).dump()
+        wanted = None if isinstance(item.spec, Absent) else kind.essence(item.spec).dump()
+        if now != wanted or now == applied["spec"]:
+            continue
+        bare = _change(ACCEPTED + address, "accepted", applied["spec"], now, "done by hand, and the files say the same")
+        yield bare.model_copy(update={"hazards": accepted_hazards(bare, item, kind.load_rules(applied["rules"]))})
+
+
+def accepted_hazards(change: Change, item: Declared, *more: Model) -> tuple[Hazard, ...]:
+    """What a person must accept by name, as if an apply had done it. more: other rules that it is judged by."""
+    kind = kinds()[item.kind]
+    found: set[Hazard] = set(hazards(change))
+    if change.after is not None and change.before is not None:
+        before, after = kind.load(change.before), kind.load(change.after)
+        for rules in (item.rules, *more):
+            found |= kind.hazards(before, after, rules)
+    return tuple(sorted(found))
 
 
 def home(name: str, before: Target, after: Target) -> Change:
@@ -186,14 +236,14 @@ def _leaves(thing: JsonObject, path: str = "") -> Iterator[tuple[str, Json]]:
             yield f"{path}{name}", value
 
 
-def _change(address: str, kind: str, before: JsonObject | None, after: JsonObject, reason: str) -> Change:
+def _change(address: str, kind: str, before: JsonObject | None, after: JsonObject | None, reason: str) -> Change:
     bare = Change(
         address=address,
         kind=kind,
-        actions=("add",) if before is None else ("change",),
+        actions=("add",) if before is None else ("remove",) if after is None else ("change",),
         before=before,
         after=after,
-        fields=_fields(before or {}, after) if kind != "ledger" else (),
+        fields=_fields(before or {}, after or {}) if kind != "ledger" else (),
         reason=reason,
     )
     return bare.model_copy(update={"statements": statements(bare), "hazards": hazards(bare)})

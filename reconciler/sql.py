@@ -369,8 +369,7 @@ class _RoutineReader:
 
     def sql_body(self) -> str:
         """The text from RETURN or BEGIN ATOMIC to its end: it is the last clause of the statement."""
-        comments = (pb.Token.SQL_COMMENT, pb.Token.C_COMMENT)
-        tokens = [token for token in tokens_of(self.text)[0] if token.token not in comments]
+        tokens = [token for token in tokens_of(self.text)[0] if token.token not in COMMENTS]
         depth = 0
         for token, following in zip(tokens, [*tokens[1:], tokens[-1]], strict=True):
             depth += {pb.Token.ASCII_40: 1, pb.Token.ASCII_41: -1}.get(token.token, 0)
@@ -460,6 +459,7 @@ Whether a VARIADIC argument is an array is judged by `parse_routine`."""
 
 
 STRINGS = (pb.Token.SCONST, pb.Token.USCONST)
+COMMENTS = (pb.Token.SQL_COMMENT, pb.Token.C_COMMENT)
 
 
 class Body(NamedTuple):
@@ -499,6 +499,37 @@ def body_of(text: str, option: pb.DefElem) -> Body:
     opening = re.match(rb"\$[^$]*\$|[eE]?'|[uU]&'", text.encode()[token.start : token.end])
     start = token.start + (len(opening[0]) if opening is not None else 0)
     return Body(strings(option.arg.list.items)[0], (token.start, token.end), start)
+
+
+def dollar_quoted(body: str, tag: str = "$function$") -> str:
+    """The body between dollar quotes whose tag does not occur in it, so that it stays readable and byte-exact."""
+    number = 0
+    while tag[:-1] in body:
+        number += 1
+        tag = f"$function{number}$"
+    return f"{tag}{body}{tag}"
+
+
+def with_body(text: str, body: str) -> str:
+    """The one CREATE statement of `text` with another body after AS, everything else as it is written."""
+    statement, troubles = single(text)
+    if statement is None:
+        raise ValueError(troubles[0].message)
+    options = {node.def_elem.defname: node.def_elem for node in statement.node.create_function_stmt.options}
+    start, end = body_of(text, options["as"]).token
+    written = text.encode()
+    tag = re.match(rb"\$[^$]+\$", written[start:end])
+    quoted = dollar_quoted(body, tag[0].decode() if tag is not None else "$function$")
+    return (written[:start] + quoted.encode() + written[end:]).decode()
+
+
+def with_statement(text: str, statement: str) -> str:
+    """The file with another statement in the place of its one, and the comments before and after it."""
+    tokens = [token for token in tokens_of(text)[0] if token.token not in COMMENTS]
+    if not tokens:
+        raise ValueError("its file holds no statement")
+    written = text.encode()
+    return (written[: tokens[0].start] + statement.encode() + written[tokens[-1].end :]).decode()
 
 
 def _check_plpgsql(text: str, body: Body) -> tuple[list[Trouble], bool]:

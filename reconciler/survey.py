@@ -66,7 +66,9 @@ def survey(conn: Connection, desired: Desired) -> Survey:
         target=target,
         last=last,
         live=found,
-        setup=setup.changes(desired, version=last.version, readable=last.readable, installed=last.installed),
+        setup=setup.changes(
+            desired, version=last.version, readable=last.readable, installed=last.installed, live=found
+        ),
         verdicts=tolerated(
             (*live.judge(conn, Asked(whole, last.allow_functions)), *live.unjudged(desired, found)), policy
         ),

@@ -30,7 +30,7 @@ def check_plan(plan: Plan) -> Desired:
         )
     if plan.target.name != desired.target:
         raise PlanDamaged("The plan names two targets.")
-    derived = [(change, *_setup(change)) for change in plan.setup]
+    derived = [(change, *_setup(desired, change)) for change in plan.setup]
     derived += [(change, *_again(desired, change)) for change in plan.changes]
     for change, statements, hazards in derived:
         # Some hazards follow from the ledger alone: more of them than are derived here is right, fewer never. To the
@@ -55,13 +55,18 @@ def same_target(planned: Target, found: Target) -> None:
             )
 
 
-def _setup(change: Change) -> tuple[tuple[Statement, ...], set[Hazard]]:
+def _setup(desired: Desired, change: Change) -> tuple[tuple[Statement, ...], set[Hazard]]:
     if change.kind != setup.kind_of(change.address):
         # No digest covers the word, and by it the installed policy and list are found in a plan.
         raise PlanDamaged(f"{change.address}: the plan calls it {change.kind}.", hint=EDITED)
+    item = desired.items.get(change.address.removeprefix(setup.ACCEPTED))
+    if change.kind == "accepted" and item is None:
+        raise PlanDamaged(f"The plan accepts {change.address}, which it does not declare.")
     try:
+        if change.kind == "accepted" and item is not None:
+            return (), set(setup.accepted_hazards(change, item))
         return setup.statements(change), set(setup.hazards(change))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanDamaged(f"{change.address}: the plan's objects cannot be read: {type(error).__name__}.") from None
 
 

@@ -25,7 +25,7 @@ from reconciler.model import FORMAT_VERSION, Absent, Body, Json, Model, Plan, ca
 from reconciler.plan import load as load_plan
 from reconciler.plan import read, replace_file, serialize
 from reconciler.rehome import is_one
-from reconciler.setup import scope
+from reconciler.setup import ACCEPTED, scope
 from reconciler.trust import check_plan
 
 if TYPE_CHECKING:
@@ -248,12 +248,13 @@ def _others(body: Body, before: Body | None, plan: Plan, desired: Desired) -> se
     wrong = {
         address for address in {*told, *declared} if canonical(told.get(address)) != canonical(declared.get(address))
     }
-    for change in plan.changes:
+    accepted = [(change.address.removeprefix(ACCEPTED), change) for change in plan.setup if change.kind == "accepted"]
+    for address, change in [*accepted, *((change.address, change) for change in plan.changes)]:
         if change.after is not None:
-            kind = kinds()[change.kind]
+            kind = kinds()[address.partition(".")[0]]
             approved = kind.essence(kind.load(change.after)).dump()
-            if change.address not in found or canonical(found[change.address]["spec"]) != canonical(approved):
-                wrong.add(change.address)
+            if address not in found or canonical(found[address]["spec"]) != canonical(approved):
+                wrong.add(address)
     known = set[str]() if before is None else {*before.manifest} - {*found}
     return wrong | {
         address for address in known & {*desired.items} if not isinstance(desired.items[address].spec, Absent)

@@ -173,7 +173,7 @@ def parse(text: str, file: str) -> tuple[Document | None, list[Problem]]:
     The document is None when the text cannot be read as one mapping (syntax, aliases, limits). A document that comes
     with problems is good for finding more of them and for nothing else. An empty file is an empty mapping.
     """
-    if found := _FORBIDDEN.search(text):
+    if found := FORBIDDEN.search(text):
         return None, [Problem(file, *_place_of_end(text[: found.start()]), _forbidden(found[0]))]
     builder = _Builder(text, file)
     with _collector_paused():
@@ -201,7 +201,7 @@ def _collector_paused() -> Generator[None]:
             gc.enable()
 
 
-_FORBIDDEN: Final = re.compile(
+FORBIDDEN: Final = re.compile(
     # All that YAML calls not printable; line ends of YAML 1.1, on which readers disagree; byte order marks; and what
     # shows a reviewer another order of characters than the one that is there.
     r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u2028\u2029\ufeff\u202a-\u202e\u2066-\u2069]"

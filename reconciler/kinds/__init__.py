@@ -61,6 +61,17 @@ class Retirement(Model):
     retire: str = Field(min_length=1)
 
 
+class Writing(NamedTuple):
+    """How the files would say what is live: new values of keys of the entry, the new text of its source file.
+
+    retired: the entry is replaced by one that retires the object.
+    """
+
+    keys: Mapping[str, Json] = {}
+    source: str | None = None
+    retired: bool = False
+
+
 class Wanted(NamedTuple):
     """The decision that something must change: the wanted object, and what else its statements are derived from."""
 
@@ -80,6 +91,8 @@ class Kind(ABC, Generic[D, S, R]):
     name: ClassVar[str]
     section: ClassVar[str]
     order: ClassVar[int]
+    ours: ClassVar[bool] = True
+    """Nobody but an apply should write its rows."""
     Declaration: type[D]
     Retirement: type[Retirement] = Retirement
     Spec: type[S]
@@ -177,6 +190,13 @@ class Kind(ABC, Generic[D, S, R]):
         Raises UsageError when nobody gives one, Stale when it is another one.
         """
         return ()
+
+    def accept(self, item: Declared, live: S | None, installed: R, source: str) -> Writing:
+        """How the files would say what is live. Pure. Raises ValueError with a sentence when they cannot, or may not.
+
+        installed: the rules that the ledger knows. source: the text of the object's own file, if it has one.
+        """
+        raise ValueError(f"a {self.name} is not written back")
 
     def taken(self, item: Declared) -> Declared:
         """The declaration with what only the environment of this process says. Raises UsageError."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from reconciler import pg
 from reconciler.defaults import canonical_default, split_expressions
 from reconciler.errors import Problem, Stale
-from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted
+from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted, Writing
 from reconciler.model import (
     Absent,
     Change,
@@ -29,7 +29,18 @@ from reconciler.model import (
     glob_regex,
 )
 from reconciler.parts import Complaint, Context, complete, mentioned, raw, role_need
-from reconciler.sql import Arg, Routine, check_body, identity, parse_identity, parse_routine, split_identity
+from reconciler.sql import (
+    Arg,
+    Routine,
+    check_body,
+    dollar_quoted,
+    identity,
+    parse_identity,
+    parse_routine,
+    split_identity,
+    with_body,
+    with_statement,
+)
 from reconciler.yamltext import read_text
 
 if TYPE_CHECKING:
@@ -176,7 +187,7 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             address = f"{self.name}.{spec.identity}"
             if spec.identity in declared:
                 items[address], known = _as_remembered(spec, row["uses"], desired.remembered.get(address))
-                facts[address] = {"xmin": row["xmin"], **known}
+                facts[address] = {"xmin": row["xmin"], "comment_xmin": row["comment_xmin"], **known}
             elif row["in_scope"] and not row["extension"]:
                 message = f"{row['prokind_word']} {spec.identity} is in scope but no file declares it"
                 findings.append(Finding(code="undeclared", address=address, message=message))
@@ -292,6 +303,30 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
                 parts[f"default of argument {index + 1}"] = arg.default
         return parts
 
+    def accept(self, item: Declared, live: FunctionSpec | None, installed: FunctionRules, source: str) -> Writing:
+        """Owner, grants and comment in the entry, the rest in its file: of a body that differs only the body."""
+        if live is None:
+            return Writing(retired=True)
+        spec = item.spec
+        if not isinstance(spec, FunctionSpec):
+            raise TypeError(item)
+        grantees = {grant.grantee for grant in live.acl}
+        plain = {Grant(grantee=grantee, grantor=live.owner) for grantee in grantees}
+        if set(live.acl) != plain or live.owner not in grantees:
+            raise ValueError(
+                "its grants are not ones that `execute` can say: with a grant option, by another grantor than the"
+                " owner, or none to the owner"
+            )
+        keys: dict[str, Json] = {}
+        if live.owner != spec.owner:
+            keys["owner"] = live.owner
+        if grantees - {live.owner} != {grant.grantee for grant in spec.acl} - {spec.owner}:
+            names = {"PUBLIC" if grantee is None else grantee for grantee in grantees - {live.owner}}
+            keys["execute"] = sorted(names)
+        if live.comment != spec.comment:
+            keys["comment"] = live.comment
+        return Writing(keys, None if _routine(live) == _routine(spec) else _rewritten_file(source, spec, live))
+
     def learn(self, conn: pg.Connection, after: FunctionSpec) -> Json:
         """The pair of remembered equality (DESIGN 6): what was written, and what the catalog makes of it."""
         written = self.rewritten(after)
@@ -381,6 +416,14 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
             need = Need(privilege="CREATE", on="schema", name=after.schema_name, role=after.owner, addresses=at)
             found.append(need)
         return tuple(found)
+
+
+def _rewritten_file(text: str, spec: FunctionSpec, live: FunctionSpec) -> str:
+    """The source file with what is live. Comments around the statement stay, those inside of it only with it."""
+    others = _routine(spec) | {"body": live.body} == _routine(live)
+    if others and not live.sql_body and live.language != "c":
+        return with_body(text, live.body)
+    return with_statement(text, f"{_create(live, replace=False).as_string(None)};")
 
 
 def _shown(live: FunctionSpec, parts: Iterable[str]) -> dict[str, Json]:
@@ -625,11 +668,7 @@ def _setting(setting: str) -> sql.Composable:
 
 def _quoted(body: str) -> sql.Composable:
     """The body between dollar quotes whose tag does not occur in it, so that it stays readable and byte-exact."""
-    tag, number = "$function$", 0
-    while tag[:-1] in body:
-        number += 1
-        tag = f"$function{number}$"
-    return raw(f"{tag}{body}{tag}")
+    return raw(dollar_quoted(body))
 
 
 def _owned_by(name: sql.SQL, owner: str) -> sql.Composed:
@@ -886,6 +925,9 @@ SELECT p.proc_xmin::pg_catalog.text AS xmin, p.oid, p.in_scope,
        (SELECT d.description FROM pg_catalog.pg_description d
          WHERE d.classoid = 'pg_catalog.pg_proc'::pg_catalog.regclass
            AND d.objoid = p.oid AND d.objsubid = 0) AS comment,
+       (SELECT d.xmin::pg_catalog.text FROM pg_catalog.pg_description d
+         WHERE d.classoid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+           AND d.objoid = p.oid AND d.objsubid = 0) AS comment_xmin,
        EXISTS (SELECT FROM pg_catalog.pg_depend d
                 WHERE d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass
                   AND d.objid = p.oid AND d.deptype = 'e') AS extension

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 
 from reconciler import pg, secrets
 from reconciler.errors import Problem, ServerProblem, Stale, UsageError
-from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted
+from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted, Writing
 from reconciler.model import (
     Absent,
     Change,
@@ -411,6 +411,24 @@ class Gate(Kind[GateDeclaration | SecretDeclaration, GateSpec, GateRules]):
             conn.unspoken.add(text)
             found.append(text)
         return tuple(found)
+
+    def accept(self, item: Declared, live: GateSpec | None, installed: GateRules, source: str) -> Writing:
+        """Its value. Not of a secret, nor where a rule says that it must not hold this one."""
+        rules = item.rules
+        if not (isinstance(rules, GateRules) and isinstance(item.spec, GateSpec)):
+            raise TypeError(item)
+        if any(isinstance(one, SecretRules) for one in (rules, installed)):
+            raise ValueError("it is a secret: its value stands in no file")
+        if "locked" in {rules.lock, installed.lock}:
+            raise ValueError("it is locked: it may hold only its safe value, so it can only be put back")
+        if live is None:
+            return Writing(retired=True)
+        if live.value is None or _sealed(live):
+            raise ValueError("it is NULL, which no file can say")
+        for order in (rules.order, installed.order):
+            if live.value in order and item.spec.value in order[order.index(live.value) + 1 :]:
+                raise ValueError(f"`order` says that it never moves back from {item.spec.value!r} to {live.value!r}")
+        return Writing({"value": live.value})
 
     def taken(self, item: Declared) -> Declared:
         """With the HMAC of its value, where it is a secret, and both the key and the value are there."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from reconciler import pg
 from reconciler.allowlist import check_expression, check_query
 from reconciler.errors import MissingPrivilege
-from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted
+from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted, Writing
 from reconciler.model import (
     Absent,
     Change,
@@ -124,6 +124,7 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
     name = "marker"
     section = "markers"
     order = 30
+    ours = False
     Declaration = MarkerDeclaration
     Spec = MarkerSpec
     Rules = MarkerRules
@@ -188,7 +189,7 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
     ) -> Reading:
         """Each declared row; the binds only where the row is missing; rows of tables in scope that nobody declared."""
         items: dict[str, Model] = {}
-        facts: dict[str, Mapping[str, Json]] = {}
+        facts: dict[str, dict[str, Json]] = {}
         findings: list[Finding] = []
         known: dict[str, tuple[list[str], list[tuple[str, ...]]]] = {}
         for item in wanted:
@@ -217,6 +218,7 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
                 findings.append(Finding(code="marker_differs", address=item.address, message=message))
             items[item.address] = MarkerSpec(table=spec.table, key=spec.key, columns=row["columns"])
             facts[item.address] = {"xmin": row["xmin"], "expected": expected, "passive": row["passive"]}
+            facts[item.address] |= _age(rules, row)
             if not isinstance(item.spec, Absent):
                 findings += _watch(item.address, rules, row, expected)
         for entry in desired.scope.markers:
@@ -347,6 +349,12 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         """That the row exists: what it holds belongs to the executor once it ticks."""
         return MarkerSpec(table=live.table, key=live.key, columns={})
 
+    def accept(self, item: Declared, live: MarkerSpec | None, installed: MarkerRules, source: str) -> Writing:
+        """Never: all that can drift is that the row is gone, and no file takes a marker away."""
+        raise ValueError(
+            "a marker cannot be retired by the files; have it inserted again, or take it out of them (`forget`)"
+        )
+
     def masked(self, after: MarkerSpec, rules: MarkerRules) -> MarkerSpec:
         """No bound values: they come from a query, and what a planner may read a pull request could print.
 
@@ -473,6 +481,11 @@ def _bound(conn: pg.Connection, address: str, column: str, bind: Bind) -> dict[s
         raise MissingPrivilege(f"{doing}: {missing[1]}.", hint="Grant it, or run as a role that has it.")
     value, error = single_value(conn, bind.query, doing)
     return {"value": value} if value is not None else {"error": error}
+
+
+def _age(rules: MarkerRules, row: Mapping[str, Any]) -> dict[str, Json]:
+    """How old the row is and may be, in seconds, where the files say how old it may be."""
+    return {} if rules.fresh is None else {"age": row["age"], "within": milliseconds(rules.fresh.within) / 1000}
 
 
 def _watch(address: str, rules: MarkerRules, row: Mapping[str, Any], expected: Mapping[str, Json]) -> list[Finding]:

@@ -16,7 +16,7 @@ from reconciler.render import text
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from reconciler.drift import DriftReport
+    from reconciler.drift import DriftReport, Item
     from reconciler.evidence import Evidence
     from reconciler.model import Approval, Change, Drift, Executed, Finding, Json, NotCompared, Plan, Scope, Verdict
     from reconciler.verify import History
@@ -783,8 +783,10 @@ def drift(found: DriftReport) -> Page:
         sections.append(
             Section("Pending: the files are not what was last applied", (_moved("Pending", found.pending),))
         )
+    sections += _attributed(found.items)
     verdicts = (*found.invariants, *found.proofs, *found.surface)
-    sections += [*_open_checks(verdicts), *_attention(found.findings), *_left_out(found.not_compared)]
+    sections += [*_open_checks(verdicts), *_attention(found.findings)]
+    sections += [*_touched(found.items), *_to_do(found.items), *_accepted(found), *_left_out(found.not_compared)]
     word = {"violated": "violated", "drift": "drift"}.get(found.outcome, "no drift")
     return Page(
         title=f"Drift of {found.target.name}",
@@ -804,6 +806,46 @@ def _moved(caption: str, items: Sequence[Drift]) -> Table:
             fields += [", "] * bool(fields) + [Name(field.name), ": ", Name(arrow)]
         rows.append(((Name(item.address),), (" and ".join(item.actions),), (item.reason,), tuple(fields)))
     return Table(caption, ("Object", "Action", "What", "Fields"), tuple(rows))
+
+
+def _attributed(items: Sequence[Item]) -> list[Section]:
+    """When each of what drifted was written, as far as anybody knows."""
+    rows: list[tuple[Words, ...]] = [
+        (
+            (Name(item.address),),
+            (known.changed_at or "not known",),
+            (Name(known.owner),) if known.owner else ("not known",),
+            (Name(known.updated_at),) if known.updated_at else (),
+            ("; ".join(known.not_known),),
+        )
+        for item in items
+        if (known := item.attribution) is not None
+    ]
+    head = ("Object", "Changed at", "Owner", "updated_at of its row", "Not known")
+    return [Section("When it drifted", (Table("What PostgreSQL knows", head, tuple(rows)),))] if rows else []
+
+
+def _touched(items: Sequence[Item]) -> list[Section]:
+    names: list[Words] = [(Name(item.address),) for item in items if item.item_class == "touched"]
+    return [Section("Touched: as last applied, but written again since", (Bullets(tuple(names)),))] if names else []
+
+
+def _to_do(items: Sequence[Item]) -> list[Section]:
+    """What to do, once for all items that ask for the same."""
+    counts = Counter((item.item_class, item.todo) for item in items if item.item_class != "touched")
+    rows = [((Name(name),), (str(number),), (todo,)) for (name, todo), number in counts.items()]
+    head = ("Class", "Items", "What to do")
+    return [Section("What to do", (Table("By class", head, tuple(rows), numbers=frozenset({1})),))] if rows else []
+
+
+def _accepted(found: DriftReport) -> list[Section]:
+    """What was written into the files, and what could not be."""
+    if found.accepted is None:
+        return []
+    rows: list[tuple[Words, ...]] = [((Name(name),), ("written",)) for name in found.accepted.written]
+    rows += [((Name(one.address),), (f"not written: {one.reason}",)) for one in found.accepted.not_written]
+    table = Table("Drift in the files", ("Object", "What became of it"), tuple(rows))
+    return [Section("Accepted into the files", (table,))] if rows else []
 
 
 def _open_checks(verdicts: Sequence[Verdict]) -> list[Section]:

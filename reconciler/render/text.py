@@ -14,7 +14,7 @@ from reconciler.model import Command, Tried
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from reconciler.drift import DriftReport
+    from reconciler.drift import Accepted, Attribution, DriftReport, Item
     from reconciler.evidence import Evidence
     from reconciler.model import (
         Approval,
@@ -164,21 +164,61 @@ def drift(found: DriftReport, *, colour: bool, verbose: bool) -> str:
         if applied
         else "Last applied: nothing that is known"
     )
+    known = {item.address: item.attribution for item in found.items if item.attribution is not None}
     if found.drift:
         page.line("", "Drift (live is not what was last applied):")
         for item in found.drift:
             _moved(page, item)
+            if item.address in known:
+                page.line(f"      {attribution(known[item.address])}")
+        page.line(*(f"    Not known {sentence}." for sentence in _of_all(known.values())))
     if found.pending:
         page.line("", "Pending (the files are not what was last applied):")
         for item in found.pending:
             _moved(page, item)
     _verdicts(page, found.invariants, verbose=verbose)
     _findings(page, found.findings)
+    if touched := [item for item in found.items if item.item_class == "touched"]:
+        page.line("", "Touched (as last applied, but written again since):")
+        page.line(*(f"    {item.address}" for item in touched))
+    _to_do(page, found.items)
+    _accepted(page, found.accepted)
     _not_compared(page, found.not_compared, verbose=verbose)
     page.legend()
     page.line("")
     page.line(*drift_lines(found))
     return page.text()
+
+
+def _to_do(page: _Page, items: Sequence[Item]) -> None:
+    """What to do, once for all items that ask for the same."""
+    wanted = {(item.item_class, item.todo): item for item in items if item.item_class != "touched"}
+    if wanted:
+        page.line("", "What to do:")
+    page.line(*(f"    {item_class}: {todo}" for item_class, todo in wanted))
+
+
+def _accepted(page: _Page, found: Accepted | None) -> None:
+    if found is None:
+        return
+    page.line("", "Written into the files, for review:" if found.written else "Nothing was written into the files.")
+    page.line(*(f"    {address}" for address in found.written))
+    page.line(*(f"    changed: {file}" for file in found.files))
+    page.line(*(f"  ! {one.address}: not written: {one.reason}" for one in found.not_written))
+
+
+def _of_all(known: Iterable[Attribution]) -> list[str]:
+    """What nobody knows of any of them; the rest stands beside each."""
+    return sorted({sentence for one in known for sentence in one.not_known if not sentence.startswith("when")})
+
+
+def attribution(found: Attribution) -> str:
+    """When it was changed, or why nobody knows that, on a line."""
+    words = [f"changed at {found.changed_at} (transaction {found.transaction})"] if found.changed_at else []
+    words += [f"owner {found.owner}"] if found.owner else []
+    words += [f"its row says (updated_at {found.updated_at})"] if found.updated_at else []
+    words += [f"not known {sentence}" for sentence in found.not_known if sentence.startswith("when")]
+    return "; ".join(words)
 
 
 def drift_lines(found: DriftReport) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import pytest
 
 from reconciler import drift
 from reconciler.errors import UsageError
-from reconciler.model import Drift, Entry, Finding, Live
+from reconciler.model import CLASSES, Drift, Entry, Finding, Live
 from tests import states
 
 if TYPE_CHECKING:
@@ -61,6 +61,20 @@ def test_drift_and_pending_are_kept_apart(
 def test_with_a_ledger_that_cannot_be_read_every_difference_is_drift(live: str | None, drifted: Any) -> None:
     found = classify(states.gate("app.a", "a"), None, live, known=False)
     assert (told(found.drift), found.pending) == (drifted, ())
+
+
+def test_a_row_that_was_written_again_is_touched_and_nothing_else() -> None:
+    gate = states.gate("app.a", "a")
+    desired = states.desired(gate)
+    row = states.gate_row("app.a", "a")
+    manifest = states.manifest(desired, {gate.address: row})
+    manifest[gate.address]["facts"] = {"xmin": "700"}
+    for xmin, touched in (("700", []), ("701", ["gate.app.a"]), (None, [])):
+        live = states.live({gate.address: row}, {gate.address: {"xmin": xmin}})
+        found = drift.classify(desired, manifest, live, last_known=True)
+        assert ([one.address for one in found.touched], found.drift, found.pending) == (touched, (), ())
+        made = report(found)
+        assert ([item.item_class for item in made.items], drift.exit_code(made)) == (["touched"] * len(touched), 0)
 
 
 def test_drift_names_what_was_and_what_is() -> None:
@@ -166,6 +180,18 @@ def test_codes_of_findings() -> None:
     with pytest.raises(UsageError, match="there is no finding stale, unknown") as refused:
         drift.finding_codes("undeclared,unknown,stale")
     assert "stale_heartbeat" in refused.value.hint
+    with pytest.raises(UsageError) as refused:
+        drift.finding_codes("undeclard,moved_pins")
+    assert refused.value.hint.startswith("Did you mean moved_pin, undeclared? Findings: violated, ")
+    assert drift.finding_codes(",".join(CLASSES)) == set(CLASSES)
+
+
+def test_an_exit_code_always_has_something_to_show() -> None:
+    """What fails is an item, and an item that fails is what the exit code says."""
+    parts = itertools.product([None, PENDING, DRIFTED], [(), (STALE,)], ["held", "violated", "not_judged"], CLASSES)
+    for moved, findings, status, asked in parts:
+        found = report(moved, findings=findings, verdicts=[states.verdict(status)], fail_on={asked})
+        assert bool(drift.exit_code(found)) == any(item.fails for item in found.items)
 
 
 def test_what_is_live_beyond_the_files_is_no_drift() -> None:
