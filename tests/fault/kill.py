@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from tests.fault.proxy import Line, Moment
 
 MODES = ("client", "backend", "crash", "image")
-LIMIT = 60.0  # seconds that one apply may take to come to its moment, or to its end
+LIMIT = 300.0  # seconds that one apply may take to come to its moment, or to its end
 DATABASE = "governed"
 STILL = 15.0  # seconds that an apply may stand still: its proofs look at the clock
 TOGETHER = 25  # images that are made of one apply
