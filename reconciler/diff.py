@@ -39,6 +39,8 @@ def changes(desired: Desired, live: Live, last: Mapping[str, Json]) -> tuple[Cha
         kind = known[item.kind]
         before = live.items.get(item.address)
         facts = live.facts.get(item.address, {})
+        if "not_judged" in facts:
+            continue  # nobody can say anything of it; see `live.unjudged`
         try:
             if isinstance(item.spec, Absent):
                 if before is not None:

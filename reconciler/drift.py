@@ -11,7 +11,7 @@ from pydantic import Field
 from reconciler import __version__
 from reconciler.diff import fields
 from reconciler.errors import UsageError
-from reconciler.kinds import kinds
+from reconciler.kinds import UNSEEN, kinds
 from reconciler.model import (
     CLASSES,
     Absent,
@@ -163,7 +163,7 @@ def classify(  # noqa: C901 - the table of DESIGN 8, row by row
         applied = last[address]["spec"] if address in last else None
         facts = live.facts.get(address, {})
         unjudged = facts.get("not_judged")
-        if unjudged == KEY:
+        if found is None and unjudged in {KEY, UNSEEN["not_judged"]}:
             continue  # it was not read; the report says so
         if not last_known:
             if now != wanted:

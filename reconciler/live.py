@@ -21,6 +21,7 @@ from reconciler.model import (
     Desired,
     Finding,
     Json,
+    JsonObject,
     Live,
     Model,
     NotCompared,
@@ -37,18 +38,37 @@ def read(conn: pg.Connection, desired: Desired, allow_functions: Sequence[str]) 
 
     allow_functions: the installed policy's, for queries that declarations hold.
     """
+    found = of(look(conn, desired, allow_functions), desired)
+    _refuse_copies(conn, desired, found.items, found.facts)
+    findings = (
+        finding.model_copy(update={"message": conn.unspoken.without(finding.message)}) for finding in found.findings
+    )
+    return replace(found, findings=tuple(findings))
+
+
+def look(conn: pg.Connection, desired: Desired, allow_functions: Sequence[str], *, widely: bool = False) -> JsonObject:
+    """What every kind reads, by its name. widely: also what the next version of the files may need."""
+    return {
+        kind.name: kind.look(conn, _of_kind(desired, kind.name), desired, allow_functions, widely=widely)
+        for kind in kinds().values()
+    }
+
+
+def of(seen: Mapping[str, Json], desired: Desired) -> Live:
+    """The declared objects, in what was seen. Pure."""
     items: dict[str, Model] = {}
     facts: dict[str, Mapping[str, Json]] = {}
     findings: list[Finding] = []
     for kind in kinds().values():
-        wanted = [item for item in desired.items.values() if item.kind == kind.name]
-        reading = kind.read(conn, wanted, desired, allow_functions)
+        reading = kind.found(seen[kind.name], _of_kind(desired, kind.name), desired)
         items.update(reading.items)
         facts.update(reading.facts)
         findings += reading.findings
-    _refuse_copies(conn, desired, items, facts)
-    findings = [finding.model_copy(update={"message": conn.unspoken.without(finding.message)}) for finding in findings]
     return Live(items, facts, tuple(sorted(findings, key=lambda finding: (finding.code, finding.address))))
+
+
+def _of_kind(desired: Desired, name: str) -> list[Declared]:
+    return [item for item in desired.items.values() if item.kind == name]
 
 
 def _refuse_copies(

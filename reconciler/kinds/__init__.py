@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from pydantic import Field
@@ -42,6 +43,10 @@ class Reading:
     items: Mapping[str, Model] = field(default_factory=dict[str, Model])
     facts: Mapping[str, Mapping[str, Json]] = field(default_factory=dict[str, "Mapping[str, Json]"])
     findings: Sequence[Finding] = ()
+
+
+UNSEEN: Mapping[str, Json] = MappingProxyType({"not_judged": "a plan that connects to the database"})
+"""In the place of facts, where an earlier look did not see an object: what would tell."""
 
 
 class Bystander(NamedTuple):
@@ -122,10 +127,33 @@ class Kind(ABC, Generic[D, S, R]):
         """One entry that retires its object, resolved offline."""
 
     @abstractmethod
+    def look(
+        self,
+        conn: pg.Connection,
+        wanted: Sequence[Declared],
+        desired: Desired,
+        allow_functions: Sequence[str],
+        *,
+        widely: bool = False,
+    ) -> JsonObject:
+        """What `found` needs of the database. Reads only.
+
+        widely: also what the next version of the files may need, for a snapshot; without what is a secret.
+        """
+
+    @abstractmethod
+    def found(self, seen: JsonObject, wanted: Sequence[Declared], desired: Desired) -> Reading:
+        """The declared objects that exist, and findings for undeclared ones in scope. Pure.
+
+        seen: what `look` gave, perhaps for other files. What it does not tell of an object is not guessed: its facts
+        are UNSEEN.
+        """
+
     def read(
         self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
     ) -> Reading:
-        """The declared objects that exist, and findings for undeclared ones in scope. Reads only."""
+        """Both at once."""
+        return self.found(self.look(conn, wanted, desired, allow_functions), wanted, desired)
 
     @abstractmethod
     def decide(self, spec: S, rules: R, live: S | None, facts: Mapping[str, Json]) -> Wanted | None:

@@ -11,7 +11,7 @@ from pydantic import Field
 from reconciler import pg
 from reconciler.defaults import canonical_default, split_expressions
 from reconciler.errors import Problem, Stale
-from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted, Writing
+from reconciler.kinds import UNSEEN, Blocked, Bystander, Kind, Reading, Retirement, Wanted, Writing
 from reconciler.model import (
     Absent,
     Change,
@@ -170,52 +170,82 @@ class Function(Kind[FunctionDeclaration, FunctionSpec, FunctionRules]):
         if dependents := facts.get("dependents"):
             raise Blocked(f"it cannot be retired while others depend on it: {', '.join(dependents)}")
 
-    def read(
-        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
-    ) -> Reading:
+    def look(
+        self,
+        conn: pg.Connection,
+        wanted: Sequence[Declared],
+        desired: Desired,
+        allow_functions: Sequence[str],
+        *,
+        widely: bool = False,
+    ) -> JsonObject:
         """Catalog columns only: the pg_get_* functions show newer text than the snapshot (DESIGN 12)."""
-        declared = {item.name: item for item in wanted}
         specs = [item.spec for item in wanted if isinstance(item.spec, FunctionSpec)]
         retired = [item for item in wanted if isinstance(item.spec, Absent)]
-        names = [(spec.schema_name, spec.name) for spec in specs] + [split_identity(item.name)[:2] for item in retired]
-        found = _rows(conn, names, desired.scope)
+        names = [_name(item) for item in wanted]
+        rows = _rows(conn, names, desired.scope)
+        there = {_spec(row).identity for row in rows} if retired else set[str]()
+        return {
+            "names": sorted({*names}),
+            "scope": [[entry.schema_name, entry.matching] for entry in desired.scope.functions],
+            "rows": rows,
+            "roles": sorted(_roles(conn, None if widely else specs)),
+            "defaults": _default_grants(conn),
+            "event_triggers": _event_triggers(conn) if widely or any(self.rewritten(spec) for spec in specs) else None,
+            "retired": {
+                item.name: {
+                    "dependents": _dependents(conn, item, retired),
+                    "mentions": mentioned(conn, split_identity(item.name)[1], retired),
+                }
+                for item in retired
+                if item.name in there
+            },
+        }
+
+    def found(self, seen: JsonObject, wanted: Sequence[Declared], desired: Desired) -> Reading:
+        """By identity. Of a function that is retired only now a look made before does not know who depends on it."""
+        declared = {item.name: item for item in wanted}
         items: dict[str, Model] = {}
         facts: dict[str, Mapping[str, Json]] = {}
         findings: list[Finding] = []
-        for row in found:
+        in_scope = _Covered([], [(entry.schema_name, entry.matching) for entry in desired.scope.functions])
+        for row in seen["rows"]:
             spec = _spec(row)
             address = f"{self.name}.{spec.identity}"
             if spec.identity in declared:
                 items[address], known = _as_remembered(spec, row["uses"], desired.remembered.get(address))
                 facts[address] = {"xmin": row["xmin"], "comment_xmin": row["comment_xmin"], **known}
-            elif row["in_scope"] and not row["extension"]:
+            elif not row["extension"] and in_scope.holds(spec.schema_name, spec.name):
                 message = f"{row['prokind_word']} {spec.identity} is in scope but no file declares it"
                 findings.append(Finding(code="undeclared", address=address, message=message))
-        roles = _roles(conn, specs)
-        leaks = _default_grants(conn)
-        meddlers = _event_triggers(conn) if any(self.rewritten(spec) for spec in specs) else []
+        covered = _Covered(seen["names"], seen["scope"])
         for item in declared.values():
-            spec = item.spec
-            if not isinstance(spec, FunctionSpec):
-                if item.address in items:
-                    facts[item.address] = {**facts[item.address], "dependents": _dependents(conn, item, retired)}
-                    findings += [
-                        Finding(
-                            code="mentioned", address=item.address, message=f"{who} still names it, and it is retired"
-                        )
-                        for who in mentioned(conn, split_identity(item.name)[1], retired)
-                        if who != item.name
-                    ]
-                continue
-            named = {spec.owner, *(grant.grantee for grant in spec.acl if grant.grantee is not None)}
-            fact: dict[str, Json] = dict(facts.get(item.address, {}))
-            if absent := sorted(named - roles):
-                fact["missing_roles"] = absent
-            fact |= _defaults_of(spec, leaks)
-            if meddlers and self.rewritten(spec):
-                fact["event_triggers"] = meddlers
-            facts[item.address] = fact
+            more = self._more(item, seen, there=item.address in items) if covered.holds(*_name(item)) else UNSEEN
+            if more:
+                facts[item.address] = {**facts.get(item.address, {}), **more}
+            if isinstance(item.spec, Absent) and item.address in items and item.name in seen["retired"]:
+                findings += [
+                    Finding(code="mentioned", address=item.address, message=f"{who} still names it, and it is retired")
+                    for who in seen["retired"][item.name]["mentions"]
+                    if who != item.name
+                ]
         return Reading(items, facts, findings)
+
+    def _more(self, item: Declared, seen: JsonObject, *, there: bool) -> dict[str, Json]:
+        """What else must be known to decide about it: roles, default privileges, event triggers; who depends on it."""
+        spec = item.spec
+        if isinstance(spec, FunctionSpec):
+            named = {spec.owner, *(grant.grantee for grant in spec.acl if grant.grantee is not None)}
+            found = _defaults_of(spec, seen["defaults"])
+            if absent := sorted(named - set(seen["roles"])):
+                found["missing_roles"] = absent
+            if seen["event_triggers"] and self.rewritten(spec):
+                found["event_triggers"] = seen["event_triggers"]
+            return found
+        if not there:
+            return {}
+        retired = seen["retired"].get(item.name)
+        return dict(UNSEEN) if retired is None else {"dependents": retired["dependents"]}
 
     def bystanders(self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired) -> dict[str, Bystander]:
         """The functions in scope that nobody declared, and that are no extension's."""
@@ -738,6 +768,26 @@ def _from_the_ends(grants: set[Grant]) -> list[Grant]:
     return ordered
 
 
+def _name(item: Declared) -> tuple[str, str]:
+    """Schema and name; of what is retired there is only the identity."""
+    spec = item.spec
+    return (spec.schema_name, spec.name) if isinstance(spec, FunctionSpec) else split_identity(item.name)[:2]
+
+
+class _Covered:
+    """Which functions a look saw: those of these names (schema, name), and all of this scope (schema, pattern)."""
+
+    def __init__(self, names: Iterable[Sequence[str]], scope: Iterable[Sequence[str]]) -> None:
+        self._names = {(schema, name) for schema, name in names}
+        self._scope = [(schema, re.compile(glob_regex(pattern), re.DOTALL)) for schema, pattern in scope]
+
+    def holds(self, schema: str, name: str) -> bool:
+        """Would it have been seen?"""
+        return (schema, name) in self._names or any(
+            schema == scope and pattern.fullmatch(name) for scope, pattern in self._scope
+        )
+
+
 def _rows(conn: pg.Connection, names: Sequence[tuple[str, str]], owned: Scope) -> list[dict[str, Any]]:
     """Every function in scope and every one of these names (schema, name)."""
     scope = owned.functions
@@ -822,7 +872,11 @@ def _dependents(conn: pg.Connection, item: Declared, retired: Sequence[Declared]
     return [row["what"] for row in rows]
 
 
-def _roles(conn: pg.Connection, specs: Sequence[FunctionSpec]) -> set[str]:
+def _roles(conn: pg.Connection, specs: Sequence[FunctionSpec] | None) -> set[str]:
+    """Which of the roles that are named there exist; None: all that exist."""
+    if specs is None:
+        query = "SELECT rolname::pg_catalog.text AS name FROM pg_catalog.pg_roles"
+        return {row["name"] for row in pg.rows(conn, query, doing="reading roles")}
     named = {spec.owner for spec in specs} | {grant.grantee for spec in specs for grant in spec.acl if grant.grantee}
     query = "SELECT rolname::pg_catalog.text AS name FROM pg_catalog.pg_roles WHERE rolname = ANY (%s)"
     return {row["name"] for row in pg.rows(conn, query, (sorted(named),), doing="reading roles")}
@@ -883,7 +937,7 @@ WITH wanted AS (
       FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
      WHERE p.prokind IN ('f', 'p', 'w')
 )
-SELECT p.proc_xmin::pg_catalog.text AS xmin, p.oid, p.in_scope,
+SELECT p.proc_xmin::pg_catalog.text AS xmin, p.oid,
        p.nspname::pg_catalog.text AS schema, p.proname::pg_catalog.text AS name,
        CASE p.prokind WHEN 'p' THEN 'procedure' WHEN 'w' THEN 'window' ELSE 'function' END AS prokind_word,
        (SELECT pg_catalog.array_agg(pg_catalog.format_type(t, NULL) ORDER BY i)

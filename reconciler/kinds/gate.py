@@ -5,6 +5,7 @@ Of a secret gate nobody but the server and the apply knows the value: here are i
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,7 +15,7 @@ from pydantic import ConfigDict, Field
 
 from reconciler import pg, secrets
 from reconciler.errors import Problem, ServerProblem, Stale, UsageError
-from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted, Writing
+from reconciler.kinds import UNSEEN, Blocked, Bystander, Kind, Reading, Retirement, Wanted, Writing
 from reconciler.model import (
     Absent,
     Change,
@@ -54,6 +55,10 @@ if TYPE_CHECKING:
 
 
 MOST_FINDINGS = 100
+MOST_KEYS = 10_000
+"""Undeclared keys in scope that a snapshot names, of each store."""
+LONGEST = 200
+"""Characters of an undeclared key that are read."""
 
 
 class GateDeclaration(Model):
@@ -198,17 +203,21 @@ class Gate(Kind[GateDeclaration | SecretDeclaration, GateSpec, GateRules]):
         form = SecretRules if retirement.secret else GateRules
         return Absent(retire=retirement.retire), form(store=store, reason=retirement.retire), []
 
-    def read(
-        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
-    ) -> Reading:
-        """One query per store: the declared keys, and the keys in scope that nobody declared."""
-        items: dict[str, Model] = {}
-        facts: dict[str, JsonObject] = {}
-        findings: list[Finding] = []
+    def look(
+        self,
+        conn: pg.Connection,
+        wanted: Sequence[Declared],
+        desired: Desired,
+        allow_functions: Sequence[str],
+        *,
+        widely: bool = False,
+    ) -> JsonObject:
+        """One query per store: the declared keys, and the keys in scope that nobody declared, without their values."""
         sealing = secrets.key()
+        stores: list[JsonObject] = []
         for name, store in _stores(wanted, desired).items():
             here = [item for item in wanted if isinstance(item.rules, GateRules) and item.rules.store == store]
-            secret = {item.name: item for item in here if isinstance(item.rules, SecretRules)}
+            secret = {item.name for item in here if isinstance(item.rules, SecretRules)}
             declared = {
                 item.name: _texts(item.spec, item.rules)
                 if isinstance(item.spec, GateSpec) and isinstance(item.rules, GateRules)
@@ -217,37 +226,65 @@ class Gate(Kind[GateDeclaration | SecretDeclaration, GateSpec, GateRules]):
                 # Without the key nothing of a secret gate is read: then nobody has to be able to.
                 if sealing or item.name not in secret
             }
-            patterns = [glob_regex(entry.matching) for entry in desired.scope.gates if entry.store == name]
-            for key in () if sealing else secret:
-                facts[f"{self.name}.{key}"] = {"not_judged": secrets.KEY}
+            patterns = [entry.matching for entry in desired.scope.gates if entry.store == name]
+            seen: JsonObject = {"store": store.dump(), "keys": sorted(declared), "scope": patterns, "rows": []}
+            stores.append(seen)
             if not declared and not patterns:
                 continue
-            kind = _value_type(conn, name, store)
-            for key, texts in declared.items():
-                facts[f"{self.name}.{key}"] = {"stored_as": _stored_as(conn, store, key, texts, kind)}
-                if key in secret and secret[key].spec == GateSpec(table=store.table, key=key, value=Sealed()):
-                    facts[f"{self.name}.{key}"] |= {"not_judged": str(_source(secret[key].rules))}
+            kind = seen["type"] = _value_type(conn, name, store)
+            seen["forms"] = {key: _stored_as(conn, store, key, texts, kind) for key, texts in declared.items()}
             for row in _rows(conn, name, store, sorted(declared)):
-                address = f"{self.name}.{row['key']}"
-                if address in items:
-                    raise ServerProblem(
-                        f"gate store {name}: {store.table} holds {row['key']} twice, whatever its index says.",
-                        hint="REINDEX the table and find out which row is right.",
-                    )
                 value: str | Sealed | None = row["value"]
                 if sealing and isinstance(value, str) and row["key"] in secret:
                     conn.unspoken.add(value)
-                    value = sealing.seal(address, store.table, value)
-                items[address] = GateSpec(table=store.table, key=row["key"], value=value)
-                facts[address] = {**facts[address], "xmin": row["xmin"], "updated_at": row["updated_at"]}
-            known = sorted({*declared, *secret})
-            findings += _undeclared(conn, name, store, known, patterns) if patterns else []
-        retired = [item for item in wanted if isinstance(item.spec, Absent) and item.address in items]
-        findings += [
-            Finding(code="mentioned", address=item.address, message=f"{who} still names {item.name}, which is retired")
-            for item in retired
-            for who in mentioned(conn, item.name, retired)
-        ]
+                    value = sealing.seal(f"{self.name}.{row['key']}", store.table, value)
+                seen["rows"].append({**row, "value": value.dump() if isinstance(value, Sealed) else value})
+            if len(seen["rows"]) != len({row["key"] for row in seen["rows"]}):
+                keys = [row["key"] for row in seen["rows"]]
+                twice = next(key for key in keys if keys.count(key) > 1)
+                raise ServerProblem(
+                    f"gate store {name}: {store.table} holds {twice} twice, whatever its index says.",
+                    hint="REINDEX the table and find out which row is right.",
+                )
+            if patterns:
+                most = MOST_KEYS if widely else MOST_FINDINGS
+                seen["others"] = _others(conn, name, seen, sorted({*declared, *secret}), most)
+        retired = [item for item in wanted if isinstance(item.spec, Absent)]
+        there = {row["key"] for seen in stores for row in seen["rows"]}
+        mentions = {item.name: mentioned(conn, item.name, retired) for item in retired if item.name in there}
+        return {"stores": stores, "retired": mentions, "secrets": sealing is not None}
+
+    def found(self, seen: JsonObject, wanted: Sequence[Declared], desired: Desired) -> Reading:
+        """Row by row, with what the column makes of each declared text."""
+        items: dict[str, Model] = {}
+        facts: dict[str, JsonObject] = {}
+        findings: list[Finding] = []
+        looks = {canonical(look["store"]): look for look in seen["stores"]}
+        for name, store in _stores(wanted, desired).items():
+            here = [item for item in wanted if isinstance(item.rules, GateRules) and item.rules.store == store]
+            look: JsonObject = looks.get(canonical(store.dump()), {"keys": [], "scope": [], "rows": []})
+            rows = {row["key"]: row for row in look["rows"]}
+            for item in here:
+                facts[item.address] = _fact(item, look, secrets_read=seen["secrets"])
+                if item.name in rows:
+                    row = rows[item.name]
+                    items[item.address] = self.load({"table": store.table, "key": item.name, "value": row["value"]})
+                    facts[item.address] |= {"xmin": row["xmin"], "updated_at": row["updated_at"]}
+            patterns = [entry.matching for entry in desired.scope.gates if entry.store == name]
+            if patterns and "others" in look:
+                findings += _undeclared(store, look["others"], {item.name for item in here}, patterns)
+        for item in wanted:
+            if not isinstance(item.spec, Absent) or item.address not in items:
+                continue
+            if item.name not in seen["retired"]:
+                facts[item.address] |= UNSEEN
+                continue
+            findings += [
+                Finding(
+                    code="mentioned", address=item.address, message=f"{who} still names {item.name}, which is retired"
+                )
+                for who in seen["retired"][item.name]
+            ]
         return Reading(items, facts, findings)
 
     def bystanders(self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired) -> dict[str, Bystander]:
@@ -271,11 +308,8 @@ class Gate(Kind[GateDeclaration | SecretDeclaration, GateSpec, GateRules]):
     ) -> Wanted | None:
         """In sync when the stored text is equal. Otherwise the live value must be one that `from` and `order` allow.
 
-        A declared text that the column would store as another one is never equal to anything: it is refused. Of a
-        secret gate that could not be read nobody can say anything; see `live.unjudged`.
+        A declared text that the column would store as another one is never equal to anything: it is refused.
         """
-        if "not_judged" in facts:
-            return None
         stored_as: Mapping[str, Json] = facts.get("stored_as", {})
         for text in _texts(spec, rules):
             if stored_as.get(text, text) != text:
@@ -672,28 +706,70 @@ def _stores(wanted: Sequence[Declared], desired: Desired) -> dict[str, GateStore
     return stores
 
 
-def _undeclared(
-    conn: pg.Connection, name: str, store: GateStore, keys: Sequence[str], patterns: Sequence[str]
-) -> list[Finding]:
-    """Keys in scope that no file declares: the first hundred by name, the rest as a number."""
+def _others(conn: pg.Connection, name: str, look: JsonObject, keys: Sequence[str], most: int) -> JsonObject:
+    """Keys in scope that no file declares: the first by name, and how many there are."""
+    store, patterns = GateStore.model_validate_json(canonical(look["store"])), look["scope"]
     query = sql.SQL(
-        "SELECT pg_catalog.left({key}::pg_catalog.text, 200) AS key, pg_catalog.count(*) OVER () AS found FROM {table}"
-        " WHERE {key}::pg_catalog.text ~ ANY (%s::pg_catalog.text[])"
+        "SELECT pg_catalog.left({key}::pg_catalog.text, {longest}) AS key, pg_catalog.count(*) OVER () AS found"
+        " FROM {table} WHERE {key}::pg_catalog.text ~ ANY (%s::pg_catalog.text[])"
         " AND {key}::pg_catalog.text <> ALL (%s::pg_catalog.text[]) ORDER BY 1 LIMIT {most}"
-    ).format(key=sql.Identifier(store.key), table=identifier(store.table), most=sql.Literal(MOST_FINDINGS))
-    rows = pg.rows(conn, query, (list(patterns), list(keys)), doing=f"reading gate store {name} ({store.table})")
+    ).format(
+        key=sql.Identifier(store.key),
+        longest=sql.Literal(LONGEST),
+        table=identifier(store.table),
+        most=sql.Literal(most),
+    )
+    globs = [glob_regex(pattern) for pattern in patterns]
+    rows = pg.rows(conn, query, (globs, list(keys)), doing=f"reading gate store {name} ({store.table})")
+    return {"keys": [row["key"] for row in rows], "found": rows[0]["found"] if rows else 0}
+
+
+def _undeclared(store: GateStore, others: JsonObject, declared: set[str], patterns: Sequence[str]) -> list[Finding]:
+    """A finding for each of the first hundred, and one for the rest."""
+    scope = _matching(patterns)
+    left = [key for key in others["keys"] if key not in declared and scope(key)]
     findings = [
         Finding(
             code="undeclared",
-            address=f"gate.{row['key']}",
-            message=f"key {row['key']} in {store.table} is in scope but no file declares it",
+            address=f"gate.{key}",
+            message=f"key {key} in {store.table} is in scope but no file declares it",
         )
-        for row in rows
+        for key in left[:MOST_FINDINGS]
     ]
-    if rows and rows[0]["found"] > len(rows):
-        message = f"{rows[0]['found'] - len(rows)} more keys of {store.table} are in scope but no file declares them"
+    more = len(left) - len(findings) + others["found"] - len(others["keys"])
+    if more:
+        message = f"{more} more keys of {store.table} are in scope but no file declares them"
         findings.append(Finding(code="undeclared", address=f"gate.{store.table}", message=message))
     return findings
+
+
+def _matching(patterns: Sequence[str]) -> Callable[[str], bool]:
+    globs = [re.compile(glob_regex(pattern), re.DOTALL) for pattern in patterns]
+    return lambda key: any(glob.fullmatch(key) for glob in globs)
+
+
+def _fact(item: Declared, look: JsonObject, *, secrets_read: bool) -> JsonObject:
+    """What the column makes of its texts, or what is missing to say what the gate holds."""
+    if isinstance(item.rules, SecretRules) and not secrets_read:
+        return {"not_judged": secrets.KEY}
+    if not _seen(item, look):
+        return dict(UNSEEN)
+    found: JsonObject = {"stored_as": look["forms"].get(item.name, {})}
+    unread = isinstance(item.spec, GateSpec) and item.spec.value == Sealed()
+    return found | ({"not_judged": str(_source(item.rules))} if unread else {})
+
+
+def _seen(item: Declared, look: JsonObject) -> bool:
+    """Does the look tell what this gate holds, and what its column makes of every text that is compared with that?"""
+    known = look.get("forms", {}).get(item.name)
+    if known is None:
+        others: JsonObject = look.get("others", {"keys": [], "found": 0})
+        all_known = others["found"] == len(others["keys"]) and _matching(look["scope"])(item.name)
+        if not all_known or item.name[:LONGEST] in others["keys"]:
+            return False
+    if look["type"] == "text" or not (isinstance(item.spec, GateSpec) and isinstance(item.rules, GateRules)):
+        return True
+    return set(_texts(item.spec, item.rules)) <= set(known or ())
 
 
 KIND = Gate()

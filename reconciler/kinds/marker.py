@@ -10,7 +10,7 @@ from pydantic import Field
 from reconciler import pg
 from reconciler.allowlist import check_expression, check_query
 from reconciler.errors import MissingPrivilege
-from reconciler.kinds import Blocked, Bystander, Kind, Reading, Retirement, Wanted, Writing
+from reconciler.kinds import UNSEEN, Blocked, Bystander, Kind, Reading, Retirement, Wanted, Writing
 from reconciler.model import (
     Absent,
     Change,
@@ -184,37 +184,64 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
             )
             raise Blocked(f"it belongs to its executor now ({why}), so it is not taken away")
 
-    def read(
-        self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired, allow_functions: Sequence[str]
-    ) -> Reading:
-        """Each declared row; the binds only where the row is missing; rows of tables in scope that nobody declared."""
-        items: dict[str, Model] = {}
-        facts: dict[str, dict[str, Json]] = {}
-        findings: list[Finding] = []
+    def look(
+        self,
+        conn: pg.Connection,
+        wanted: Sequence[Declared],
+        desired: Desired,
+        allow_functions: Sequence[str],
+        *,
+        widely: bool = False,
+    ) -> JsonObject:
+        """Each declared row; the binds only where the row is missing; how many others there are in scope."""
+        rows: dict[str, JsonObject] = {}
         known: dict[str, tuple[list[str], list[tuple[str, ...]]]] = {}
         for item in wanted:
-            spec, rules = item.spec, item.rules
-            if isinstance(spec, Absent):
-                spec = MarkerSpec(table=(spec.at or {})["table"], key=(spec.at or {})["key"], columns={})
-            if not (isinstance(spec, MarkerSpec) and isinstance(rules, MarkerRules)):
+            spec, rules = _declared(item)
+            if spec is None or rules is None:
                 continue
             refused = _refused(rules, allow_functions)
             row, expected = _row(conn, item.address, spec, rules, passive="passive_while" not in refused)
             key = list(spec.key)
             known.setdefault(spec.table, (key, []))[1].append(tuple(spec.key[column] for column in key))
-            if row is None and isinstance(item.spec, Absent):
-                continue
-            if row is None:
-                binds = {
+            seen = rows[item.address] = {"of": _essentials(item), "row": row, "expected": expected, "refused": refused}
+            if row is None and not isinstance(item.spec, Absent):
+                seen["binds"] = {
                     column: {"error": refused[column]}
                     if column in refused
+                    # A snapshot goes where the answers of queries must not.
+                    else _UNBOUND
+                    if widely and bind.approve == "value"
                     else _bound(conn, item.address, column, bind)
                     for column, bind in rules.bind.items()
                 }
-                facts[item.address] = {"binds": binds, "expected": expected, "via": _live_types(conn, rules.via)}
+                seen["via"] = _live_types(conn, rules.via)
+        tables = {entry.table for entry in desired.scope.markers}
+        return {"rows": rows, "others": {place: _others(conn, place, *known.get(place, ([], []))) for place in tables}}
+
+    def found(self, seen: JsonObject, wanted: Sequence[Declared], desired: Desired) -> Reading:
+        """What an earlier look tells of a marker holds while its declaration is the same."""
+        items: dict[str, Model] = {}
+        facts: dict[str, dict[str, Json]] = {}
+        findings: list[Finding] = []
+        for item in wanted:
+            spec, rules = _declared(item)
+            if spec is None or rules is None:
                 continue
-            if "passive_while" in refused:
-                message = f"passive_while {refused['passive_while']}"
+            look = seen["rows"].get(item.address)
+            if look is None or look["of"] != _essentials(item):
+                facts[item.address] = dict(UNSEEN)
+                continue
+            row, expected = look["row"], look["expected"]
+            if row is None and isinstance(item.spec, Absent):
+                continue
+            if row is None:
+                facts[item.address] = {"binds": look["binds"], "expected": expected, "via": look["via"]}
+                if _UNBOUND in look["binds"].values():
+                    facts[item.address] |= UNSEEN
+                continue
+            if "passive_while" in look["refused"]:
+                message = f"passive_while {look['refused']['passive_while']}"
                 findings.append(Finding(code="marker_differs", address=item.address, message=message))
             items[item.address] = MarkerSpec(table=spec.table, key=spec.key, columns=row["columns"])
             facts[item.address] = {"xmin": row["xmin"], "expected": expected, "passive": row["passive"]}
@@ -222,7 +249,7 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
             if not isinstance(item.spec, Absent):
                 findings += _watch(item.address, rules, row, expected)
         for entry in desired.scope.markers:
-            findings += _undeclared(conn, entry.table, *known.get(entry.table, ([], [])))
+            findings += _undeclared(entry.table, seen["others"].get(entry.table, 0))
         return Reading(items, facts, findings)
 
     def bystanders(self, conn: pg.Connection, wanted: Sequence[Declared], desired: Desired) -> dict[str, Bystander]:
@@ -364,6 +391,23 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
         return MarkerSpec(table=after.table, key=after.key, columns=shown, queries=after.queries)
 
 
+_UNBOUND: JsonObject = {"unseen": True}
+"""In the place of a bound value that nobody looked up."""
+
+
+def _declared(item: Declared) -> tuple[MarkerSpec | None, MarkerRules | None]:
+    """The row that is meant, also of what is retired; and its rules."""
+    spec, rules = item.spec, item.rules
+    if isinstance(spec, Absent):
+        spec = MarkerSpec(table=(spec.at or {})["table"], key=(spec.at or {})["key"], columns={})
+    return (spec, rules) if isinstance(spec, MarkerSpec) and isinstance(rules, MarkerRules) else (None, None)
+
+
+def _essentials(item: Declared) -> JsonObject:
+    """All that the queries of a look are made of, and the types of `via` that the files themselves say."""
+    return item.dump()
+
+
 def _delete(before: MarkerSpec, rules: MarkerRules) -> sql.Composed:
     """Only while nobody ticked: the row is locked, the condition stands all the same."""
     passive = raw(rules.passive_while) if rules.passive_while else sql.SQL("false")
@@ -502,18 +546,19 @@ def _watch(address: str, rules: MarkerRules, row: Mapping[str, Any], expected: M
     return findings
 
 
-def _undeclared(
-    conn: pg.Connection, name: str, key: Sequence[str], declared: Sequence[tuple[str, ...]]
-) -> list[Finding]:
+def _others(conn: pg.Connection, name: str, key: Sequence[str], declared: Sequence[tuple[str, ...]]) -> int:
     """How many rows nobody declared. Not their keys: those are data of a table that a stranger's file named."""
     if not key:
-        return []
+        return 0
     texts = sql.SQL(", ").join(sql.SQL("{}::pg_catalog.text").format(sql.Identifier(column)) for column in key)
     rows = [sql.SQL("ROW({})").format(sql.SQL(", ").join(map(sql.Literal, row))) for row in declared]
     query = sql.SQL("SELECT pg_catalog.count(*) AS found FROM {} WHERE ROW({}) NOT IN ({})").format(
         identifier(name), texts, sql.SQL(", ").join(rows)
     )
-    found = pg.rows(conn, query, doing=f"reading {name}")[0]["found"]
+    return pg.rows(conn, query, doing=f"reading {name}")[0]["found"]
+
+
+def _undeclared(name: str, found: int) -> list[Finding]:
     if not found:
         return []
     message = f"{found} row{'' if found == 1 else 's'} of {name} in scope that no file declares"
