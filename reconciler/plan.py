@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -10,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import pydantic_core
 from pydantic import ValidationError
 
 from reconciler import __version__
@@ -280,11 +282,17 @@ def load_desired(data: Json) -> Desired:
 
 def serialize(document: Json) -> bytes:
     """The one way a plan or approval is written: sorted keys, two spaces, a checksum over the canonical JSON."""
-    body = {key: value for key, value in document.items() if key != "checksum"}
-    return (
-        json.dumps({**body, "checksum": digest(body)}, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        + "\n"
-    ).encode()
+    text = canonical({key: value for key, value in document.items() if key != "checksum"})
+    body: dict[str, Json] = json.loads(text, parse_int=_number)
+    body["checksum"] = hashlib.sha256(text).hexdigest()
+    # Its keys are in order already, but for the one that is new. json.dumps indents ten times as slowly (measured).
+    return pydantic_core.to_json(dict(sorted(body.items())), indent=2) + b"\n"
+
+
+def _number(text: str) -> int | float:
+    """Canonical JSON writes 1e16 without an exponent; as an integer nobody could read it again (RFC 8785, 3.2.2.3)."""
+    number = int(text)
+    return number if abs(number) < 2**53 else float(text)
 
 
 def write(path: Path, document: Json, *, private: bool = False) -> None:

@@ -15,7 +15,7 @@ from postgast import PgQueryError, parse_plpgsql
 from postgast import pg_query_pb2 as pb
 
 from reconciler.defaults import canonical_default, float4
-from reconciler.model import Model
+from reconciler.model import Model, Number
 from reconciler.syntax import (
     Trouble,
     UnknownType,
@@ -91,8 +91,8 @@ class Routine(Model):
     parallel: Literal["unsafe", "restricted", "safe"]
     strict: bool
     leakproof: bool
-    cost: float
-    rows: float
+    cost: Number
+    rows: Number
     support: str | None
     transforms: tuple[str, ...]
     config: tuple[str, ...]

@@ -79,6 +79,36 @@ def test_other_values_have_other_digests(one: Any, other: Any) -> None:
     assert (digest(one) == digest(other)) == (json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True))
 
 
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53) + 1, 2**53 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(VALUES)
+def test_canonical_json_is_that_of_the_library(value: Any) -> None:
+    """Whichever way it is written."""
+    assert canonical(value) == rfc8785.dumps(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"\ue000": 1, "\U0001f600": 2, "\uffff": 3, "\ud7ff": 4, "": 5},
+        '\x00\x1f\x7f\u2028\u2029"\\/\b\f\n\r\t',
+        [1.0, -0.0, 0.1, 1e-4, 1e-5, 1e15, 1e16, 1e21, 123456789012345.6, 2.5e-7, 5e-324, 1.7976931348623157e308],
+        [10**14, 10**15, -(10**15), 2**53 - 1],
+        (1, (2, [3])),
+    ],
+)
+def test_canonical_json_where_encoders_differ(value: Any) -> None:
+    assert canonical(value) == rfc8785.dumps(value)
+
+
 @pytest.mark.parametrize("value", [2**53, -(2**53), float("nan"), float("inf"), {1: "x"}, object(), "\ud800"])
 def test_what_json_cannot_hold_has_no_digest(value: Any) -> None:
     with pytest.raises((rfc8785.CanonicalizationError, UnicodeEncodeError)):

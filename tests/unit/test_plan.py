@@ -460,6 +460,13 @@ def test_writing_is_the_same_to_the_byte_each_time() -> None:
     assert plans.serialize(plan) == plans.serialize(json.loads(plans.serialize(plan)))
 
 
+@pytest.mark.parametrize("number", [100.0, 1e15, 2.0**53 - 1, 1e16, 1e21, 1e300, 1e-7, 0.1, -0.0])
+def test_a_number_is_written_so_that_it_can_be_read(tmp_path: Path, number: float) -> None:
+    """Canonical JSON knows no difference between 1e16 and an integer that it could not hold."""
+    plans.write(tmp_path / "document", {"cost": number})
+    assert plans.read(tmp_path / "document", "document") == {"cost": number}
+
+
 def damaged(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(PlanDamaged) as refused:
