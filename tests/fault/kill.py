@@ -296,9 +296,10 @@ class Forked:
         return self._code
 
 
-def nursery() -> subprocess.Popen[str]:
+def nursery(plan: Path) -> subprocess.Popen[str]:
+    """A process that has imported all that an apply imports, and parsed what the plan says."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.fault.kill", "nursery"],
+        [sys.executable, "-m", "tests.fault.kill", "nursery", str(plan)],
         cwd=PROJECT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -306,14 +307,18 @@ def nursery() -> subprocess.Popen[str]:
     )
 
 
-def bring_up() -> None:
+def bring_up(plan: Path) -> None:
     """Fork a process for each line of standard input, tell its id, and then how it ended."""
     from reconciler import apply, approve, checks, evidence, kinds, settle  # noqa: F401 - so that no child needs to
+    from reconciler import plan as plans
     from reconciler.cli import main as command
     from reconciler.render import html, markdown, text  # noqa: F401
+    from reconciler.trust import check_plan
 
     checks.checks()
     kinds.kinds()
+    made, _ = plans.load(plan)
+    check_plan(made)
     for line in sys.stdin:
         words, out = json.loads(line)
         pid = os.fork()
@@ -562,7 +567,7 @@ def matrix(one: Arena, modes: Sequence[str], choice: Choice, tell: Callable[[Rou
     """Kill at every chosen moment, in every one of the ways."""
     found: list[Round] = []
     numbers = choice.of(count(one))
-    with nursery() as started_by:
+    with nursery(one.plan) as started_by:
         try:
             for mode in modes:
                 if mode == "image":
@@ -614,8 +619,8 @@ def _line(rounds: Counter[tuple[str, str]]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the numbers at the end; 1 when there was anything wrong."""
-    if list(arguments) == ["nursery"]:
-        bring_up()
+    if arguments[:1] == ["nursery"]:
+        bring_up(Path(arguments[1]))
         return 0
     parser = argparse.ArgumentParser(prog="python -m tests.fault.kill")
     parser.add_argument("--every", type=int, default=1, help="kill at every so many-th statement only")
