@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -189,7 +189,8 @@ def classify(  # noqa: C901 - the table of DESIGN 8, row by row
     return Classified(tuple(drift), tuple(pending), tuple(touched))
 
 
-TOUCHED = "the same value, but its row was written since the last apply"
+WRITTEN = "was written since the last apply"
+TOUCHED = f"the same value, but its row {WRITTEN}"
 
 
 def _written_again(entry: Mapping[str, Json], facts: Mapping[str, Json]) -> bool:
@@ -252,7 +253,12 @@ def report(  # noqa: PLR0913 - what the report consists of
     pins = {address for address, known in manifest.items() if "pin" in known["spec"]}
     if desired is not None:
         pins |= {address for address, check in desired.checks.items() if "pin" in check.spec.dump()}
-    found = [*_moves(moved, attributions or {}), *_of_findings(findings), *_of_verdicts(verdicts, pins)]
+    guards = _row_guards(desired, manifest)
+    rewritten = {address for address, gate in guards.items() if any(one.address == gate for one in moved.touched)}
+    verdicts = [_written(verdict) if verdict.address in rewritten else verdict for verdict in verdicts]
+    told = tuple(one for one in moved.touched if one.address not in guards.values())
+    moved = replace(moved, touched=told)
+    found = [*_moves(moved, attributions or {}), *_of_findings(findings), *_of_verdicts(verdicts, pins, rewritten)]
     blocked = {verdict.address for verdict in blocking(verdicts)}
     items = tuple(
         item.model_copy(update={"fails": item.fails or item.item_class in fail_on or _blocks(item, blocked)})
@@ -276,6 +282,21 @@ def report(  # noqa: PLR0913 - what the report consists of
         governed=() if desired is None else _governed(desired, manifest),
         heartbeats=() if live is None else _heartbeats(live),
     )
+
+
+def _row_guards(desired: Desired | None, manifest: Mapping[str, Json]) -> dict[Address, Address]:
+    """Of every invariant that says `row: untouched` the gate: of the files, and of what the ledger still watches."""
+    specs = {address: known["spec"] for address, known in manifest.items() if known["kind"] == "invariant"}
+    if desired is not None:
+        specs |= {address: check.spec.dump() for address, check in desired.checks.items()}
+    return {address: f"gate.{spec['gate']}" for address, spec in specs.items() if spec.get("row") == "untouched"}
+
+
+def _written(verdict: Verdict) -> Verdict:
+    """Of a gate in a row that somebody wrote again, where `row: untouched` forbids that (DESIGN 8)."""
+    if verdict.status != "held":
+        return verdict
+    return verdict.model_copy(update={"status": "violated", "detail": f"{verdict.detail}, but its row {WRITTEN}"})
 
 
 def _governed(desired: Desired, manifest: Mapping[str, Json]) -> tuple[Address, ...]:
@@ -331,16 +352,23 @@ def _of_findings(findings: Sequence[Finding]) -> Iterator[Item]:
         yield _item(finding.address, finding.code, finding.address.partition(".")[0], finding.message)
 
 
-def _of_verdicts(verdicts: Sequence[Verdict], pins: Collection[Address]) -> Iterator[Item]:
+def _of_verdicts(
+    verdicts: Sequence[Verdict], pins: Collection[Address], rewritten: Collection[Address]
+) -> Iterator[Item]:
     for verdict in verdicts:
         kind = verdict.address.partition(".")[0]
         if verdict.status == "not_judged":
             yield _item(verdict.address, "not_judged", kind, verdict.detail)
         elif verdict.status == "violated":
             item_class: DriftClass = "moved_pin" if verdict.address in pins else "violated"
-            yield _item(verdict.address, item_class, kind, verdict.detail)
+            given = {"next": REWRITTEN} if verdict.address in rewritten else {}
+            yield _item(verdict.address, item_class, kind, verdict.detail, **given)
 
 
+REWRITTEN = (
+    "Find out who did it: it may have been changed and changed back. The value is right, so nothing stops the next"
+    " apply; the ledger then knows the row as it is."
+)
 PUT_BACK = "put it back with `reconciler plan --out FILE`, approve, apply (hazard `overwrites_drift`)"
 ACCEPTED = "The files accept it: `reconciler plan --out FILE`, approve and apply, so that the ledger knows it too."
 FORGOTTEN = "Declare it again, or have the `forget` of the plan approved and applied; then it is not governed any more."

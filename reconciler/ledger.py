@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, LiteralString
 
 from pydantic import ValidationError
@@ -247,6 +248,12 @@ def _entry(row: Mapping[str, Any]) -> Entry:
             " somebody went around the ledger.",
             hint="Find out who changed reconciler.entry before anything is applied.",
         )
+    if not _same_moment(row["recorded_at"], body.recorded_at):
+        raise Refused(
+            f"Ledger entry {row['number']} of {row['name']} does not have the time of its body:"
+            " somebody went around the ledger.",
+            hint="Find out who changed reconciler.entry before anything is applied.",
+        )
     return Entry(
         name=row["name"],
         number=row["number"],
@@ -256,6 +263,14 @@ def _entry(row: Mapping[str, Any]) -> Entry:
         hash=row["hash"],
         body=json.loads(row["body"]),
     )
+
+
+def _same_moment(column: str, written: str) -> bool:
+    """Is the column, as the server prints it, the moment of the body?"""
+    try:
+        return datetime.fromisoformat(column) == datetime.fromisoformat(written)
+    except ValueError:
+        return False  # infinity, or a year that Python does not know
 
 
 def check_shape(conn: pg.Connection, *, written_by_us: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""What drift says of each thing that somebody does by hand: its class, and only it; since when; and what to do."""
+"""What drift says beside the class of each thing done by hand (test_drift_tampered.py): since when, and what to do."""
 
 from __future__ import annotations
 
@@ -49,90 +49,6 @@ GREET = "function.app.fn_greet(text, integer)"
 TOTAL = "function.app.fn_total()"
 
 ALTER = "ALTER FUNCTION app.fn_greet(text, integer)"
-GRANT = "EXECUTE ON FUNCTION app.fn_greet(text, integer)"
-
-BY_HAND: list[tuple[str, str, str]] = [
-    # What somebody does; the class; the object.
-    (f"{ALTER} VOLATILE", "drift", GREET),
-    (f"{ALTER} IMMUTABLE", "drift", GREET),
-    (f"{ALTER} SECURITY INVOKER", "drift", GREET),
-    (f"{ALTER} STRICT", "drift", GREET),
-    (f"{ALTER} LEAKPROOF", "drift", GREET),
-    (f"{ALTER} PARALLEL SAFE", "drift", GREET),
-    (f"{ALTER} COST 7", "drift", GREET),
-    (f"{ALTER} SET search_path = app", "drift", GREET),
-    (f"{ALTER} RESET search_path", "drift", GREET),
-    (f"{ALTER} SET work_mem = '1MB'", "drift", GREET),
-    (f"{ALTER} OWNER TO {{stranger}}", "drift", GREET),
-    (f"GRANT {GRANT} TO PUBLIC", "drift", GREET),
-    (f"GRANT {GRANT} TO {{stranger}}", "drift", GREET),
-    (f"GRANT {GRANT} TO {{caller}} WITH GRANT OPTION", "drift", GREET),
-    (f"REVOKE {GRANT} FROM {{caller}}", "drift", GREET),
-    (f"REVOKE {GRANT} FROM {{owner}}", "drift", GREET),
-    ("COMMENT ON FUNCTION app.fn_greet(text, integer) IS 'Another.'", "drift", GREET),
-    ("COMMENT ON FUNCTION app.fn_greet(text, integer) IS NULL", "drift", GREET),
-    ("DROP FUNCTION app.fn_greet(text, integer)", "drift", GREET),
-    (governed.TOTAL.replace("CREATE", "CREATE OR REPLACE").replace("count(*)", "count(*) + 1"), "drift", TOTAL),
-    (governed.TOTAL.replace("CREATE", "CREATE OR REPLACE").replace("settings$f", "settings $f"), "drift", TOTAL),
-    (governed.TOTAL.replace("CREATE", "CREATE OR REPLACE"), "touched", TOTAL),
-    (f"GRANT {GRANT} TO {{stranger}}; REVOKE {GRANT} FROM {{stranger}}", "touched", GREET),
-    ("CREATE FUNCTION app.fn_new() RETURNS int LANGUAGE sql AS 'SELECT 1'", "undeclared", "function.app.fn_new()"),
-    (
-        "CREATE FUNCTION app.fn_total(int) RETURNS int LANGUAGE sql AS 'SELECT 1'",
-        "undeclared",
-        "function.app.fn_total(integer)",
-    ),
-    ("UPDATE app.settings SET value = '11' WHERE name = 'shop.limit'", "drift", "gate.shop.limit"),
-    ("UPDATE app.settings SET value = '10 ' WHERE name = 'shop.limit'", "drift", "gate.shop.limit"),
-    ("UPDATE app.settings SET value = '' WHERE name = 'shop.limit'", "drift", "gate.shop.limit"),
-    ("UPDATE app.settings SET value = NULL WHERE name = 'shop.limit'", "drift", "gate.shop.limit"),
-    ("UPDATE app.settings SET value = 'TRUE' WHERE name = 'shop.open'", "drift", "gate.shop.open"),
-    ("DELETE FROM app.settings WHERE name = 'shop.phase'", "drift", "gate.shop.phase"),
-    ("UPDATE app.settings SET name = 'gone' WHERE name = 'shop.phase'", "drift", "gate.shop.phase"),
-    ("UPDATE app.settings SET value = value WHERE name = 'shop.limit'", "touched", "gate.shop.limit"),
-    (
-        (
-            "UPDATE app.settings SET value = 'x' WHERE name = 'shop.limit';"
-            "UPDATE app.settings SET value = '10' WHERE name = 'shop.limit'"
-        ),
-        "touched",
-        "gate.shop.limit",
-    ),
-    (
-        (
-            "DELETE FROM app.settings WHERE name = 'shop.limit';"
-            "INSERT INTO app.settings (name, value) VALUES ('shop.limit', '10')"
-        ),
-        "touched",
-        "gate.shop.limit",
-    ),
-    ("INSERT INTO app.settings (name, value) VALUES ('shop.more', '1')", "undeclared", "gate.shop.more"),
-    ("DELETE FROM app.heartbeat", "drift", "marker.courier"),
-    ("UPDATE app.heartbeat SET kind = 'other'", "marker_differs", "marker.courier"),
-    ("UPDATE app.heartbeat SET seen = '2001-01-01'", "stale_heartbeat", "marker.courier"),
-    (
-        "INSERT INTO app.heartbeat VALUES ('another', 'x', now())",
-        "undeclared",
-        "marker.app.heartbeat",
-    ),
-    ("INSERT INTO app.job VALUES (1, ' ')", "violated", "invariant.no-blank-actor"),
-]
-
-
-@pytest.mark.parametrize(
-    ("statements", "item_class", "address"), BY_HAND, ids=[f"{number}-{row[1]}" for number, row in enumerate(BY_HAND)]
-)
-def test_each_thing_done_by_hand_has_its_class_and_only_it(
-    shop: Governed, statements: str, item_class: str, address: str
-) -> None:
-    shop.sql(*statements.split(";"), "INSERT INTO app.settings VALUES ('mine', '1')")
-    report = looked(shop)
-    assert told(report) == {(item_class, address)}
-    failing = {"drift": ("drift", 2), "violated": ("violated", 3)}.get(item_class, ("no_changes", 0))
-    assert (report.outcome, drift.exit_code(report)) == failing
-    assert report.items[0].todo
-    asked = looked(shop, item_class)
-    assert (asked.outcome, drift.exit_code(asked)) == (failing if failing[1] else ("drift", 2))
 
 
 def test_a_ticking_executor_is_nobodys_item(shop: Governed) -> None:
