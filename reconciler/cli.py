@@ -631,7 +631,9 @@ class _Progress:
     help="Post the report as JSON (Slack reads its text); also RECONCILER_NOTIFY_URL, which other users do not see.",
 )
 @click.option("--notify-required", is_flag=True, help="Exit 1 when the report could not be posted.")
-@click.option("--every", metavar="DURATION", help="Look again and again, for example 5m, until Ctrl-C or SIGTERM.")
+@click.option(
+    "--every", metavar="DURATION", help="Look again and again, for example 5m (at least 1s), until Ctrl-C or SIGTERM."
+)
 @click.option("--listen", metavar="HOST:PORT", help="With --every: answer /metrics and /healthz, as 127.0.0.1:9187.")
 @click.pass_context
 def drift(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as plan
@@ -810,7 +812,7 @@ def _watch(given: Mapping[str, Any], fail_on: frozenset[str], every: float) -> N
     with ExitStack() as stack:
         if given["listen"]:
             place = watch.address(given["listen"])
-            host, port = stack.enter_context(watch.serving(place, metrics, lambda: loop.alive))
+            host, port = stack.enter_context(watch.serving(place, metrics, lambda: loop.health))
             shown = f"[{host}]" if ":" in host else host
             _aside(f"Listening on http://{shown}:{port}/metrics and /healthz.")
             if not watch.is_loopback(host):

@@ -48,6 +48,8 @@ class Loop:
     rounds: int = 0
     failures: int = 0
     skipped: int = 0
+    unseen: int = 0
+    """Rounds that failed since the last one that did not."""
     finished_at: float | None = None
     """By the clock, of the last round."""
     started_at: float = 0.0
@@ -74,8 +76,10 @@ class Loop:
         self.rounds += 1
         try:
             self.round()
+            self.unseen = 0
         except ReconcilerError as error:
             self.failures += 1
+            self.unseen += 1
             self.failed(error)
         self.finished_at = self.clock()
 
@@ -84,6 +88,15 @@ class Loop:
         """Did a round end not too long ago?"""
         since = self.started_at if self.finished_at is None else self.finished_at
         return self.clock() - since < LATE * self.every
+
+    @property
+    def health(self) -> tuple[bool, str]:
+        """Alive, and in words. A server that is away is no reason to start this process anew: the next round asks."""
+        if not self.alive:
+            return False, "no round has ended for too long"
+        if self.unseen:
+            return True, f"ok, but nobody could look in the last {self.unseen} round{'s' * (self.unseen > 1)}"
+        return True, "ok"
 
 
 def address(text: str) -> tuple[str, int]:
@@ -107,10 +120,11 @@ def is_loopback(host: str) -> bool:
 
 @contextmanager
 def serving(
-    place: tuple[str, int], metrics: Callable[[], str], alive: Callable[[], bool]
+    place: tuple[str, int], metrics: Callable[[], str], health: Callable[[], tuple[bool, str]]
 ) -> Generator[tuple[str, int]]:
     """While the block runs, `/metrics` and `/healthz` are answered, in threads of their own; yields host and port.
 
+    metrics: the text of the first. health: whether the loop is alive, which is 200 or 503, and a line of text.
     Raises UsageError when nobody can listen there.
     """
 
@@ -125,8 +139,8 @@ def serving(
                 case "/metrics":
                     self._answer(200, metrics(), "text/plain; version=0.0.4; charset=utf-8")
                 case "/healthz":
-                    good = alive()
-                    self._answer(200 if good else 503, "ok\n" if good else "no round has ended for too long\n")
+                    good, words = health()
+                    self._answer(200 if good else 503, f"{words}\n")
                 case _:
                     self._answer(404, "There is /metrics and /healthz.\n")
 

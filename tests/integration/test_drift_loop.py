@@ -134,9 +134,9 @@ def test_it_survives_a_restart_of_the_server(
     asked: list[tuple[tuple[str, int], Callable[[], str]]] = []
     served = watch.serving
 
-    def serving(place: tuple[str, int], metrics: Callable[[], str], alive: Callable[[], bool]) -> Any:
+    def serving(place: tuple[str, int], metrics: Callable[[], str], health: Callable[[], tuple[bool, str]]) -> Any:
         asked.append((place, metrics))
-        return served(place, metrics, alive)
+        return served(place, metrics, health)
 
     monkeypatch.setattr(watch, "serving", serving)
 

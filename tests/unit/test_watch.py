@@ -122,8 +122,30 @@ def test_alive_while_rounds_end() -> None:
     loop.run()
     time.now = (loop.finished_at or 0) + 179
     assert loop.alive
+    assert loop.health == (True, "ok")
     time.now += 2
-    assert not loop.alive
+    assert loop.health == (False, "no round has ended for too long")
+
+
+def test_rounds_that_cannot_look_are_told_and_no_reason_to_start_anew() -> None:
+    time = Time(5)
+    told: list[tuple[bool, str]] = []
+
+    def round() -> None:  # noqa: A001 - its own word
+        told.append(loop.health)
+        time.round()
+        if len(time.begun) in {2, 3}:
+            raise ServerProblem("the server is away")
+
+    loop = time.loop(60, round)
+    loop.run()
+    words = [
+        "ok",
+        "ok",
+        "ok, but nobody could look in the last 1 round",
+        "ok, but nobody could look in the last 2 rounds",
+    ]
+    assert told == [(True, text) for text in (*words, "ok")]
 
 
 # ----------------------------------------------------------------------------------------------------------------- HTTP
@@ -141,13 +163,17 @@ def asked(place: tuple[str, int], path: str, method: str = "GET") -> tuple[int, 
 
 def test_two_pages_and_nothing_else() -> None:
     state = {"alive": True, "metrics": "a 1\n"}
-    with watch.serving(("127.0.0.1", 0), lambda: str(state["metrics"]), lambda: bool(state["alive"])) as place:
+
+    def health() -> tuple[bool, str]:
+        return bool(state["alive"]), "some words"
+
+    with watch.serving(("127.0.0.1", 0), lambda: str(state["metrics"]), health) as place:
         assert asked(place, "/metrics") == (200, "text/plain; version=0.0.4; charset=utf-8", "a 1\n")
         assert asked(place, "/metrics?x=1")[0] == 200
         state["metrics"] = "a 2 é\n"
         assert asked(place, "/metrics")[2] == "a 2 é\n"
         assert asked(place, "/metrics", "HEAD")[::2] == (200, "")
-        assert asked(place, "/healthz")[::2] == (200, "ok\n")
+        assert asked(place, "/healthz")[::2] == (200, "some words\n")
         state["alive"] = False
         assert asked(place, "/healthz")[0] == 503
         for path in ("/", "/../etc/passwd", "/metrics/x"):
@@ -159,9 +185,9 @@ def test_two_pages_and_nothing_else() -> None:
 
 def test_a_place_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with (
-        watch.serving(("127.0.0.1", 0), lambda: "", lambda: True) as place,
+        watch.serving(("127.0.0.1", 0), lambda: "", lambda: (True, "")) as place,
         pytest.raises(UsageError, match=f"Cannot listen on 127.0.0.1:{place[1]}"),
-        watch.serving(place, lambda: "", lambda: True),
+        watch.serving(place, lambda: "", lambda: (True, "")),
     ):
         pass
     assert capsys.readouterr() == ("", "")
