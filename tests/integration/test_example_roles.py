@@ -64,10 +64,8 @@ def again(db: Database, *options: str) -> None:
     shell(f"psql -X -q -v ON_ERROR_STOP=1 {' '.join(options)} {files}", db)
 
 
-@pytest.fixture(scope="module")
-def own(run_directory: Path, new_name: Callable[[], str]) -> Iterator[Server]:
-    """A server for this module: roles are the server's, and these have the names that the files say."""
-    home = run_directory / new_name()
+def served(home: Path) -> Iterator[Server]:
+    """A server with the roles, and database `roles` with what they may."""
     server = servers.start(home, KIND)
     with psycopg.connect(server.dsn(), autocommit=True) as conn:
         conn.execute("CREATE DATABASE roles")
@@ -85,6 +83,12 @@ def own(run_directory: Path, new_name: Callable[[], str]) -> Iterator[Server]:
     yield server
     server.cluster.stop()
     shutil.rmtree(home)
+
+
+@pytest.fixture(scope="module")
+def own(run_directory: Path, new_name: Callable[[], str]) -> Iterator[Server]:
+    """A server for this module: roles are the server's, and these have the names that the files say."""
+    yield from served(run_directory / new_name())
 
 
 class System(Phase2):
@@ -114,7 +118,7 @@ class System(Phase2):
         return self.file
 
 
-def _copy(server: Server, name: str, folder: Path) -> Iterator[System]:
+def copied(server: Server, name: str, folder: Path) -> Iterator[System]:
     with psycopg.connect(server.dsn(), autocommit=True) as conn:
         conn.execute(f"CREATE DATABASE {name} TEMPLATE roles".encode())
     db = Database(server, name)
@@ -128,13 +132,13 @@ def _copy(server: Server, name: str, folder: Path) -> Iterator[System]:
 @pytest.fixture
 def system(own: Server, new_name: Callable[[], str], tmp_path: Path) -> Iterator[System]:
     """The system before Phase 2, with its roles."""
-    yield from _copy(own, new_name(), tmp_path)
+    yield from copied(own, new_name(), tmp_path)
 
 
 @pytest.fixture(scope="module")
 def applied(own: Server, new_name: Callable[[], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """The system after Phase 2, planned and applied by its roles. Only for tests that change nothing."""
-    with contextmanager(_copy)(own, new_name(), tmp_path_factory.mktemp("roles")) as system:
+    with contextmanager(copied)(own, new_name(), tmp_path_factory.mktemp("roles")) as system:
         system.said(OPERATOR, "apply", system.approved(), "--initialize")
         yield system
 
