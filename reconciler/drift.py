@@ -17,6 +17,7 @@ from reconciler.model import (
     Absent,
     Action,
     Address,
+    Change,
     Desired,
     Drift,
     DriftClass,
@@ -209,6 +210,21 @@ def _moved(address: str, kind: str, before: Json, after: Json, reason: str) -> D
         fields=fields(before, after) if before is not None and after is not None else (),
         reason=reason,
     )
+
+
+def with_installed(moved: Classified, setup: Sequence[Change]) -> Classified:
+    """So, and pending is too what the files say of policy, scope, approvers, rules and checks and is not installed.
+
+    setup: what an apply would install. What it needs for itself, or accepts, is told otherwise; so is an object that
+    moved, by its own line.
+    """
+    told = {one.address for one in (*moved.drift, *moved.pending)}
+    more = tuple(
+        Drift(**{name: getattr(one, name) for name in Drift.model_fields})
+        for one in setup
+        if one.before is not None and one.kind not in {"ledger", "accepted"} and one.address not in told
+    )
+    return replace(moved, pending=tuple(sorted((*moved.pending, *more), key=lambda one: one.address)))
 
 
 def finding_codes(text: str) -> frozenset[str]:

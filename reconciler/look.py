@@ -37,6 +37,7 @@ def look(dsn: str | None, wanted: Desired, *, fail_on: Collection[str], allow_un
         with pg.snapshot(conn):
             found = survey(conn, wanted)
             moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
+            moved = drift.with_installed(moved, found.setup)
             known = attributions(conn, found, moved.drift)
     report = drift.report(
         moved,

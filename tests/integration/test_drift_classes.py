@@ -80,6 +80,32 @@ def test_pending_alone_is_no_reason_to_exit(shop: Governed) -> None:
     assert drift.exit_code(looked(shop, "pending")) == 2
 
 
+def test_what_the_files_say_of_the_governance_itself_is_pending_too(shop: Governed) -> None:
+    shop.state["governance"]["approval"]["expires"] = "48h"
+    shop.state["governance"]["scope"]["functions"].append({"schema": "app", "matching": "more_*"})
+    shop.state["invariants"]["till-shut"]["reason"] = "Another one, which is no other check."
+    shop.state["gates"]["shop.open"]["from"] = ["false", "maybe"]
+    report = looked(shop.write())
+    assert told(report) == {("pending", f"{what}.shop") for what in ("policy", "scope")} | {
+        ("pending", "gate.shop.open")
+    }
+    assert (report.outcome, drift.exit_code(report)) == ("no_changes", 0)
+    fields = {item.address: [(one.name, one.before, one.after) for one in item.fields] for item in report.items}
+    assert fields["policy.shop"] == [("approval.expires", "24h", "48h")]
+    done = command("drift", "-s", shop.directory, dsn=shop.db.dsn)
+    assert "No drift at" in done.stdout
+    assert "3 pending." in done.stdout
+    assert drift.exit_code(looked(shop, "pending")) == 2
+    shop.settle()
+    assert looked(shop).items == ()
+
+
+def test_an_object_that_moved_says_so_on_its_own_line(shop: Governed) -> None:
+    shop.state["gates"]["shop.open"]["from"] = ["false", "maybe"]
+    shop.write().sql("UPDATE app.settings SET value = 'false' WHERE name = 'shop.open'")
+    assert told(looked(shop)) == {("drift", "gate.shop.open")}
+
+
 def test_both_moved_is_one_item_with_three_values(shop: Governed) -> None:
     shop.state["gates"]["shop.limit"]["value"] = "20"
     shop.write().sql("UPDATE app.settings SET value = '30' WHERE name = 'shop.limit'")
