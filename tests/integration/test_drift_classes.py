@@ -106,6 +106,20 @@ def test_an_object_that_moved_says_so_on_its_own_line(shop: Governed) -> None:
     assert told(looked(shop)) == {("drift", "gate.shop.open")}
 
 
+def test_a_row_that_must_stand_is_watched_after_its_line_is_gone(shop: Governed) -> None:
+    shop.state["invariants"]["limit"] = {"gate": "shop.limit", "equals": "10", "row": "untouched"}
+    shop.state["gates"]["shop.phase"]["value"] = "three"
+    shop.write().settle()
+    del shop.state["invariants"]["limit"]
+    shop.write().sql("UPDATE app.settings SET value = value WHERE name = 'shop.limit'")
+    report = looked(shop)
+    assert told(report) == {("violated", "invariant.limit")}
+    assert drift.exit_code(report) == 3
+    assert report.items[0].reason == "shop.limit is '10', but its row was written since the last apply"
+    assert "nothing stops the next apply" in report.items[0].todo
+    assert shop.plan().outcome == "changes"
+
+
 def test_both_moved_is_one_item_with_three_values(shop: Governed) -> None:
     shop.state["gates"]["shop.limit"]["value"] = "20"
     shop.write().sql("UPDATE app.settings SET value = '30' WHERE name = 'shop.limit'")
