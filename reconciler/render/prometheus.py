@@ -73,6 +73,7 @@ def of_report(found: DriftReport, *, current: bool = True) -> list[Family]:
     if not current:
         return [_up(found.name, found.target.name, up=False), *moments]
     counts = Counter(item.item_class for item in found.items)
+    failing = Counter(item.item_class for item in found.items if item.fails)
     ages = [(beat.address.partition(".")[2], beat.age) for beat in found.heartbeats]
     return [
         _up(found.name, found.target.name, up=True),
@@ -81,6 +82,12 @@ def of_report(found: DriftReport, *, current: bool = True) -> list[Family]:
             "gauge",
             "Items of the drift report, by class.",
             [((*where, ("class", name)), counts[name]) for name in CLASSES],
+        ),
+        Family(
+            "reconciler_drift_failing_items",
+            "gauge",
+            "Items of the drift report that are a reason of its exit code, by class.",
+            [((*where, ("class", name)), failing[name]) for name in CLASSES],
         ),
         Family(
             "reconciler_marker_age_seconds",

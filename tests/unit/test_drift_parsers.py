@@ -9,6 +9,7 @@ import pytest
 from junitparser import Error, Failure, JUnitXml, Skipped
 from prometheus_client.parser import text_string_to_metric_families
 
+from reconciler import drift
 from reconciler.drift import Heartbeat
 from reconciler.model import CLASSES, Finding
 from reconciler.render import junit, prometheus
@@ -41,14 +42,25 @@ def test_what_prometheus_reads_is_what_was_counted() -> None:
         for sample in family.samples
     }
     assert {name for name, _ in samples} == {
-        "reconciler_up", "reconciler_drift_items", "reconciler_marker_age_seconds",
+        "reconciler_up", "reconciler_drift_items", "reconciler_drift_failing_items", "reconciler_marker_age_seconds",
         "reconciler_marker_age_limit_seconds", "reconciler_last_success_timestamp_seconds",
         "reconciler_last_applied_timestamp_seconds", "reconciler_build_info", "reconciler_rounds_total",
     }  # fmt: skip
     counts = dict.fromkeys(CLASSES, 0.0) | {"drift": 1.0, "stale_heartbeat": 2.0}
     assert {key: value for (name, key), value in samples.items() if name == "reconciler_drift_items"} == counts
+    failing = {key for (name, key), value in samples.items() if name == "reconciler_drift_failing_items" and value}
+    assert failing == {"drift"}
     assert samples["reconciler_marker_age_seconds", "w"] == 12.5
     assert samples["reconciler_rounds_total", None] == 3
+
+
+def test_what_fails_is_what_the_exit_code_says() -> None:
+    untold = states.verdict("not_judged", "not_judged").model_copy(update={"tolerated": True})
+    for given, expected in (({"fail_on": ()}, set[str]()), ({"fail_on": {"stale_heartbeat"}}, {"stale_heartbeat"})):
+        made = report(verdicts=[untold], findings=(STALE,), **given)
+        found = next(one for one in families(page(made)) if one.name == "reconciler_drift_failing_items")
+        assert {sample.labels["class"] for sample in found.samples if sample.value} == expected
+        assert (drift.exit_code(made) == 2) == bool(expected)
 
 
 def test_names_types_and_units_are_by_the_conventions() -> None:
