@@ -167,6 +167,13 @@ def schema() -> None:
 @_report_options
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Save the plan, for approve and apply.")
 @click.option(
+    "--live",
+    "snapshot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Plan from what `reconciler snapshot` saved, without a database; apply looks at the database all the same.",
+)
+@click.option(
     "--key", type=click.Path(path_type=Path), help="Sign the saved plan, so that its author may not approve it."
 )
 @click.option("--as", "author", metavar="NAME", help="For --key: who makes the plan.")
@@ -180,24 +187,34 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
     Examples:
       reconciler plan --dsn postgresql://planner@db/app -t production
       reconciler plan --out phase2.plan --detailed-exitcode
+      reconciler plan --live production.snapshot --format markdown
     """
     from reconciler import approve as approvals
-    from reconciler import capabilities, desired, drift, obstacles, pg
+    from reconciler import capabilities, desired, drift, obstacles, pg, survey
     from reconciler import plan as plans
     from reconciler.errors import UsageError
     from reconciler.render import text
-    from reconciler.survey import survey, taken
 
     if bool(given["key"]) != bool(given["author"]) or (given["key"] and not given["out"]):
         raise UsageError("A plan is signed with --key FILE, --as NAME and --out FILE together.")
-    wanted = taken(desired.load(given["state"], given["target"]))
-    with pg.connect(given["dsn"], "plan") as conn:
-        pg.check_version(conn, allow_untested=given["allow_untested_server"])
-        with pg.snapshot(conn):
-            found = survey(conn, wanted)
-            moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
-            made = found.plan(datetime.now(UTC), moved.drift)
-            made = capabilities.shown(conn, wanted, obstacles.shown(conn, wanted, made))
+    wanted = survey.taken(desired.load(given["state"], given["target"]))
+    now = datetime.now(UTC)
+
+    def planned(found: survey.Survey) -> Plan:
+        moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
+        return found.plan(now, moved.drift)
+
+    if given["snapshot"]:
+        if ctx.get_parameter_source("dsn") is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError("A plan is made from --live or from --dsn, not from both.")
+        seen = survey.load(given["snapshot"])
+        made = planned(survey.recalled(seen, wanted)).model_copy(update={"snapshot_of": seen.taken_at})
+    else:
+        with pg.connect(given["dsn"], "plan") as conn:
+            pg.check_version(conn, allow_untested=given["allow_untested_server"])
+            with pg.snapshot(conn):
+                made = planned(survey.survey(conn, wanted))
+                made = capabilities.shown(conn, wanted, obstacles.shown(conn, wanted, made))
     shown = made if given["show_values"] else plans.masked(made)
     if given["form"] == "text":
         click.echo(text.plan(shown, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
@@ -222,6 +239,33 @@ def _save(made: Plan, out: Path) -> None:
         accept += "".join(f" --attest {name}" for name in made.attestations)
         click.echo(f"Saved {out}. Next, once you have read it:", err=True)
         click.echo(f'  reconciler approve {out} --as NAME --reason "..."{accept}', err=True)
+
+
+@cli.command()
+@_state_option
+@_target_option
+@_server_options
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Where to save it.")
+def snapshot(state: Path, target: str | None, dsn: str | None, allow_untested_server: bool, out: Path) -> None:
+    """Save the live state as it was read, for `plan --live` where a runner cannot reach the database. Reads only.
+
+    No secret and no answer of a declared query is in it.
+
+    \b
+    Examples:
+      reconciler snapshot --out production.snapshot --dsn postgresql://planner@db/app -t production
+      reconciler snapshot --out production.snapshot && reconciler plan --live production.snapshot
+    """
+    from reconciler import desired, pg, survey
+    from reconciler import plan as plans
+
+    wanted = survey.taken(desired.load(state, target))
+    with pg.connect(dsn, "snapshot") as conn:
+        pg.check_version(conn, allow_untested=allow_untested_server)
+        with pg.snapshot(conn):
+            made = survey.take(conn, wanted, datetime.now(UTC))
+    plans.write(out, made.dump(), private=True)
+    click.echo(f"Saved {out}, as of {made.taken_at}. Next: reconciler plan --live {out}", err=True)
 
 
 @cli.command()

@@ -14,13 +14,17 @@ from pydantic import ValidationError
 
 from reconciler import pg, setup
 from reconciler.errors import NotApproved, Refused
-from reconciler.model import Body, Desired, Emergency, Entry, Finding, Json, Policy, Target, canonical
+from reconciler.model import Body, Desired, Emergency, Entry, Finding, Json, JsonObject, Policy, Target, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 GENESIS = "0" * 64
 """What the first entry of a chain names as its previous hash."""
+
+
+PLANNED_BY = frozenset({"target", "policy", "approvers", "scope", "manifest", "emergencies", "rehomed_at"})
+"""The parts of an entry's body that the next plan depends on."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,28 @@ class Last:
         )
         return (Finding(code="ledger_not_readable", address="ledger.reconciler", message=message),)
 
+    def dump(self) -> JsonObject:
+        """What a plan needs of it, as JSON: not what was planned and approved before, nor which approvals were used."""
+        entry = None
+        if self.entry is not None:
+            entry = self.entry.dump()
+            entry["body"] = {name: part for name, part in self.entry.body.items() if name in PLANNED_BY}
+        return {"version": self.version, "readable": self.readable, "role": self.role, "entry": entry} | (
+            {} if self.genesis is None else {"genesis": self.genesis}
+        )
+
+    @classmethod
+    def load(cls, dumped: JsonObject) -> Last:
+        """The inverse. Raises KeyError, pydantic.ValidationError."""
+        entry = dumped["entry"]
+        return cls(
+            version=dumped["version"],
+            readable=dumped["readable"],
+            role=dumped["role"],
+            entry=None if entry is None else Entry.model_validate_json(canonical(entry)),
+            genesis=dumped.get("genesis"),
+        )
+
     def _broken_glass(self) -> tuple[Finding, ...]:
         """An emergency is told until a normal quorum approved an apply after it."""
         if self.entry is None:
@@ -177,19 +203,24 @@ def last(conn: pg.Connection, name: str) -> Last:
     )
 
 
-def check_apart(conn: pg.Connection, desired: Desired) -> None:
-    """No other governance name on this database owns what these files own. Raises Refused, naming every overlap."""
+def scopes(conn: pg.Connection, name: str) -> dict[str, Json]:
+    """What every other governance name owns on this database, by name."""
     rows = pg.rows(
         conn,
         """
         SELECT DISTINCT ON (e.name) e.name, e.body::pg_catalog.jsonb -> 'scope' AS scope
           FROM reconciler.entry e WHERE e.name <> %s ORDER BY e.name, e.number DESC
         """,
-        (desired.name,),
+        (name,),
         doing="reading the scopes of other names",
     )
+    return {row["name"]: row["scope"] for row in rows}
+
+
+def check_apart(desired: Desired, others: Mapping[str, Json]) -> None:
+    """No other name owns what these files own. Pure. Raises Refused, naming every overlap."""
     ours = setup.scope(desired)
-    found = [f"{row['name']}: {what}" for row in rows for what in setup.overlaps(ours, row["scope"])]
+    found = [f"{name}: {what}" for name, theirs in others.items() for what in setup.overlaps(ours, theirs)]
     if found:
         raise Refused(
             f"The scope of {desired.name} overlaps with what another name governs on this database.",

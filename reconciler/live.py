@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from reconciler import pg
 from reconciler.checks import CheckKind, checks
 from reconciler.errors import Refused, UsageError
-from reconciler.kinds import kinds
+from reconciler.kinds import UNSEEN, kinds
 from reconciler.model import (
     Address,
     Asked,
@@ -27,6 +27,7 @@ from reconciler.model import (
     NotCompared,
     Target,
     Verdict,
+    digest,
 )
 
 if TYPE_CHECKING:
@@ -113,6 +114,30 @@ def spoken(conn: pg.Connection, verdict: Verdict) -> Verdict:
     )
 
 
+def judged(known: Mapping[str, Verdict], desired: Desired) -> tuple[Verdict, ...]:
+    """The verdicts of an earlier look, for checks that are still the same. Pure.
+
+    known: by the digest of the check. Of another one nobody can say anything, unless it is judged in the apply anyhow.
+    """
+    found: list[Verdict] = []
+    for kind, check in _checks(Asked(desired)):
+        verdict = known.get(digest(check.dump())) or kind.planned(check)
+        missing = str(UNSEEN["not_judged"])
+        detail = "it is not one that was judged for the snapshot"
+        new = Verdict(address=check.address, status="not_judged", detail=detail, missing=missing)
+        found.append(verdict or new)
+    return tuple(found)
+
+
+def refuse_secrets(conn: pg.Connection, made: Model) -> None:
+    """Raises Refused when a secret that this connection has seen stands in what is about to be written."""
+    if conn.unspoken.held_by([made.dump()]):
+        raise Refused(
+            "The value of a secret gate stands also in what the snapshot would show.",
+            hint="Nothing was written. `reconciler plan` names the place; take it out of there.",
+        )
+
+
 def unjudged(desired: Desired, found: Live) -> tuple[Verdict, ...]:
     """A verdict for each object that could not be compared: a secret without the key, or without its value. Pure."""
     missing = {address: str(facts["not_judged"]) for address, facts in found.facts.items() if "not_judged" in facts}
@@ -152,13 +177,18 @@ def _checks(asked: Asked) -> list[tuple[CheckKind, Check]]:
 
 def identify(conn: pg.Connection, desired: Desired) -> Target:
     """The database's identity under the target's name. Raises UsageError when it is not the target's database."""
-    found = pg.identify(conn)
+    found = pg.identify(conn).model_copy(update={"name": desired.target})
+    check_database(desired, found)
+    return found
+
+
+def check_database(desired: Desired, found: Target) -> None:
+    """Is it the database that the files say? Pure. Raises UsageError."""
     if desired.database is not None and found.database != desired.database:
         raise UsageError(
-            f"Target {desired.target} is database {desired.database}, but this connection is to {found.database}.",
+            f"Target {desired.target} is database {desired.database}, but this is {found.database}.",
             hint="Check --dsn and --target.",
         )
-    return found.model_copy(update={"name": desired.target})
 
 
 def not_compared(conn: pg.Connection, desired: Desired) -> tuple[NotCompared, ...]:

@@ -623,6 +623,33 @@ class StateInfo(Model):
     source_digest: str
 
 
+class Judged(Model):
+    """What a check found. `check`: its digest, by which it is known again."""
+
+    check: str
+    verdict: Verdict
+
+
+class Snapshot(Model):
+    """The live state as it was read, so that a plan can be made where the database cannot be reached.
+
+    No secret is in it and no answer of a declared query. ledger: `Last.dump`. scopes: what other governance names own
+    on the database. seen: what each kind saw, by its name.
+    """
+
+    format_version: str = FORMAT_VERSION
+    tool: str
+    taken_at: Moment
+    name: str
+    source_digest: str
+    target: Target
+    ledger: JsonObject
+    scopes: JsonObject
+    seen: JsonObject
+    verdicts: tuple[Judged, ...]
+    not_compared: tuple[NotCompared, ...]
+
+
 class Plan(Model):
     """What would change, complete: an apply reads no state directory again. `desired` is all that is declared."""
 
@@ -649,6 +676,8 @@ class Plan(Model):
     effects_digest: str
     effect_digest: str
     desired: JsonObject
+    snapshot_of: Moment | None = None
+    """When what it was made from was read; None: while it was made."""
     author: str | None = None
     """Who made it, by `author_signature` over `statement`; None: nobody said."""
     author_signature: str | None = None

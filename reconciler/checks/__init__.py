@@ -60,6 +60,10 @@ class CheckKind(ABC):
         """What a row of the surface is at this moment; None for every other sort of check, and for what is hidden."""
         return None
 
+    def planned(self, check: Check) -> Verdict | None:
+        """What `run` says outside of an apply, where that does not depend on the database; else None. Pure."""
+        return None
+
     @abstractmethod
     def run(self, conn: Connection, check: Check, asked: Asked) -> Verdict:
         """Judge; only a proof may write, inside a savepoint. What the role may not see is no error but a verdict."""

@@ -120,8 +120,17 @@ class Invariant(CheckKind):
 
     def run(self, conn: pg.Connection, check: Check, asked: Asked) -> Verdict:
         """Judge one invariant."""
-        group: str = getattr(check.spec, "group", "")
-        return self._judge(conn, check, asked).model_copy(update={"group": group})
+        return _grouped(self._judge(conn, check, asked), check)
+
+    def planned(self, check: Check) -> Verdict | None:
+        """What a person will say, and what only an apply can break."""
+        match check.spec:
+            case AttestInvariant() as spec:
+                return _grouped(_to_be_attested(check, spec), check)
+            case UntouchedInvariant():
+                return _grouped(_later(check.address), check)
+            case _:
+                return None
 
     def _judge(self, conn: pg.Connection, check: Check, asked: Asked) -> Verdict:  # noqa: PLR0911 - one per form
         spec, address = check.spec, check.address
@@ -322,11 +331,19 @@ def captured(conn: pg.Connection, pin: Pinned) -> list[str]:
     return [f"{name}: {line}" if len(tables) > 1 else line for name in tables for line in found[name]]
 
 
+def _grouped(verdict: Verdict, check: Check) -> Verdict:
+    return verdict.model_copy(update={"group": getattr(check.spec, "group", "")})
+
+
+def _to_be_attested(check: Check, spec: AttestInvariant) -> Verdict:
+    detail = f"to be signed for with --attest {check.name}: {spec.attest}"
+    return Verdict(address=check.address, status="deferred", detail=detail, missing="attestation")
+
+
 def _attest(conn: pg.Connection, check: Check, spec: AttestInvariant, asked: Asked) -> Verdict:
     """A person's word; its proxy can only refute it."""
     if not asked.inside:
-        detail = f"to be signed for with --attest {check.name}: {spec.attest}"
-        return Verdict(address=check.address, status="deferred", detail=detail, missing="attestation")
+        return _to_be_attested(check, spec)
     if check.name not in asked.attested:
         return _not_judged(check.address, "attestation", f"nobody signed for it: {spec.attest}")
     seen = ""

@@ -331,14 +331,17 @@ class Proof(CheckKind):
         spec = check.spec
         if not isinstance(spec, ProofSpec):
             raise TypeError(spec)
-        if spec.sessions == 2:
-            if asked.inside and check.address in asked.rehearsed:
-                return asked.rehearsed[check.address]
-            detail = "needs a rehearsal: reconciler prove --rehearse"
-            return Verdict(address=check.address, status="deferred", detail=detail)
-        if not asked.inside:
-            return Verdict(address=check.address, status="deferred", detail="runs inside the apply")
+        if spec.sessions == 2 and asked.inside and check.address in asked.rehearsed:
+            return asked.rehearsed[check.address]
+        if spec.sessions == 2 or not asked.inside:
+            return self.planned(check)
         return _in_savepoint(conn, check, spec, asked)
+
+    def planned(self, check: Check) -> Verdict:
+        """When it will be played."""
+        alone = getattr(check.spec, "sessions", 1) == 1
+        detail = "runs inside the apply" if alone else "needs a rehearsal: reconciler prove --rehearse"
+        return Verdict(address=check.address, status="deferred", detail=detail)
 
 
 def _stores(steps: Collection[Step], items: Mapping[str, Declared]) -> dict[str, GateStore]:

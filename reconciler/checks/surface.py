@@ -95,6 +95,11 @@ class Surface(CheckKind):
         row = _row(check.spec)
         return None if _hidden(conn, row, asked) else single_value(conn, row.query, f"reading {check.address}")[0]
 
+    def planned(self, check: Check) -> Verdict:
+        """Only the prediction."""
+        detail = "predicted from the plan, compared inside the apply"
+        return Verdict(address=check.address, status="deferred", detail=detail)
+
     def run(self, conn: pg.Connection, check: Check, asked: Asked) -> Verdict:
         """In a plan only the prediction; inside an apply the comparison."""
         row = _row(check.spec)
@@ -102,8 +107,7 @@ class Surface(CheckKind):
         if hidden := _hidden(conn, row, asked):
             return Verdict(address=check.address, status="not_judged", detail=hidden[1], missing=hidden[0])
         if not asked.inside:
-            detail = "predicted from the plan, compared inside the apply"
-            return Verdict(address=check.address, status="deferred", detail=detail)
+            return self.planned(check)
         if asked.memo is None:
             detail = "the role could not read it when the transaction began"
             return Verdict(address=check.address, status="not_judged", detail=detail, missing="the value before")

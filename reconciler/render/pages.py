@@ -680,6 +680,7 @@ def plan(found: Plan) -> Page:
     lead: list[Block] = [
         Paragraph((text.plan_line(found),)),
         Paragraph((text.checks_line(found.invariants, found.proofs, found.surface),)),
+        *([Paragraph((text.snapshot_line(found),), "note")] if found.snapshot_of else []),
     ]
     facts: list[tuple[str, Words]] = [_target(found.target.name, found.target.database, found.target.server_version)]
     if found.hazards:

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections import Counter
+from datetime import datetime
 from typing import TYPE_CHECKING, cast
 
 from reconciler.model import Command, Tried
@@ -57,6 +58,8 @@ def plan(found: Plan, *, colour: bool, verbose: bool) -> str:
     """A plan, complete: every change with its hazards, what differs, and the text of each statement."""
     page = _Page(colour)
     page.line(f"{found.state.name} {found.state.release} -> {_target(found.target)}")
+    if found.snapshot_of is not None:
+        page.line(snapshot_line(found))
     if found.setup:
         page.line("", "Setup:")
         for change in found.setup:
@@ -80,6 +83,24 @@ def plan(found: Plan, *, colour: bool, verbose: bool) -> str:
     if found.has_changes:
         _before_apply(page, found)
     return page.text()
+
+
+def snapshot_line(found: Plan) -> str:
+    """How old what a plan was made from was then; empty where it was read while the plan was made."""
+    if found.snapshot_of is None:
+        return ""
+    taken, made = datetime.fromisoformat(found.snapshot_of), datetime.fromisoformat(found.created_at)
+    old = ago((made - taken).total_seconds())
+    return f"Planned from a snapshot of {found.snapshot_of}, {old} old; an apply looks at the database itself."
+
+
+def ago(seconds: float) -> str:
+    """A span in the largest unit of which there are two: `90 s`, `5 min`, `26 h`, `3 d`."""
+    whole = max(0, int(seconds))
+    unit, size = next(
+        ((name, size) for name, size in (("d", 86400), ("h", 3600), ("min", 60)) if whole >= 2 * size), ("s", 1)
+    )
+    return f"{whole // size} {unit}"
 
 
 def _before_apply(page: _Page, found: Plan) -> None:
