@@ -48,12 +48,15 @@ SETTINGS = {
     "wal_level": "minimal",
     "max_wal_senders": "0",
     "shared_buffers": "64MB",
-    "max_wal_size": "4GB",
+    "max_wal_size": "1GB",
     "checkpoint_timeout": "1h",
     "autovacuum": "off",
     "timezone": "UTC",
     "log_timezone": "UTC",
 }
+# In bytes, what the servers of a run may need at a time, their logs of changes at full size included.
+ROOM = 4 << 30
+
 # By the socket, which lies in a private directory, everybody is trusted; TCP is open to each user of the machine and
 # asks for the password of the run.
 ACCESS = ("local all all trust", "host all all 127.0.0.1/32 scram-sha-256")
@@ -226,6 +229,21 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def roomy() -> Path | None:
+    """A directory in memory for what servers write, None where there is none with room for a run or for programs.
+
+    Most of what a run writes are copies of databases, hundreds of small files each, which live for a second.
+    """
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK | os.X_OK):
+        return None
+    facts = os.statvfs(memory)
+    # Containers give 64 MB unless told otherwise, and may refuse to run the copy of the programs that root needs.
+    if facts.f_bavail * facts.f_frsize < ROOM or facts.f_flag & os.ST_NOEXEC:
+        return None
+    return memory
+
+
 class Guard:
     """The directory of a run, and a process that stops its servers and removes it when we end, however we end.
 
@@ -233,7 +251,7 @@ class Guard:
     """
 
     def __init__(self) -> None:
-        self.run = Path(tempfile.mkdtemp(prefix="reconciler-tests-"))
+        self.run = Path(tempfile.mkdtemp(prefix="reconciler-tests-", dir=roomy()))
         if os.geteuid() == 0:
             self.run.chmod(0o711)  # the account of the servers passes through
         self._process = subprocess.Popen(
