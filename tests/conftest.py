@@ -196,12 +196,7 @@ def _command(start: Callable[..., subprocess.CompletedProcess[str]], variables: 
 
 
 def _clone(server: Server, name: str, template: str) -> Iterator[Database]:
-    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
-    if server.major >= 15:
-        create += sql.SQL(" STRATEGY FILE_COPY")  # half the time of the default at full size: 0.1 s
-    with psycopg.connect(server.dsn(), autocommit=True) as conn:
-        conn.execute(create)
-    database = Database(server, name)
+    database = Database.create(server, name, template)
     yield database
     database.drop()
 
