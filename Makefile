@@ -31,7 +31,7 @@ test: $(VENV)/dev
 test-all: $(VENV)/dev
 	RECONCILER_TEST_SERVER=16 $(PYTEST) -n $(WORKERS) -m "not slow" --ignore tests/unit
 	for major in 14 15 17 18; do \
-	  RECONCILER_TEST_SERVER=$$major $(PYTEST) -n $(WORKERS) -m smoke --ignore tests/unit || exit 1; \
+	  RECONCILER_TEST_SERVER=$$major $(PYTEST) -n $(WORKERS) -m "smoke and not slow" --ignore tests/unit || exit 1; \
 	done
 	$(PYTEST) -n $(WORKERS) -m slow
 
