@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import hypothesis
 import psycopg
 import pytest
 from psycopg import sql
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 
 BASELINE = PROJECT / "examples" / "dieu45" / "baseline"
 KIND = os.environ.get("RECONCILER_TEST_SERVER", "embedded")
+
+# A run says the same as the one before it, however busy the machine is: its examples are the same, and none of them has
+# to be done in so many milliseconds. `pytest --hypothesis-profile=search` looks for others.
+_UNHURRIED: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("search", **_UNHURRIED)
+hypothesis.settings.register_profile("same", derandomize=True, **_UNHURRIED)
+hypothesis.settings.load_profile("same")
 
 _guard = pytest.StashKey[servers.Guard]()
 _run = pytest.StashKey[Path]()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tests.servers import Database
 
 GATE = 77  # the advisory lock on which `brake` waits
-LIMIT = 20.0  # seconds within which whatever a test waits for must have happened
+LIMIT = 60.0  # seconds within which whatever a test waits for must have happened
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ def test_a_rival_that_holds_what_must_change(system: Governed, name: str) -> Non
         started = time.monotonic()
         with pytest.raises(Locked) as raised:
             system.apply(plan, [approval])
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < LIMIT
         assert raised.value.exit_code == 4
         assert "lock timeout" in raised.value.message
     assert image(system.db) == before
@@ -385,7 +385,7 @@ def test_another_apply_is_named(system: Governed) -> None:
     with rival(system, f"SELECT pg_advisory_xact_lock({locks.lock_key('shop')})") as conn:
         started = time.monotonic()
         done = governed.command("apply", file, "--initialize", dsn=system.db.dsn)
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < LIMIT
         assert (done.returncode, done.stdout) == (4, "")
         assert "Error: Another apply of shop is running." in done.stderr.splitlines()
         holder = (
@@ -687,5 +687,5 @@ def test_an_apply_that_takes_too_long_is_rolled_back(db: Database, tmp_path: Pat
         started = time.monotonic()
         with pytest.raises(ReconcilerError):
             system.apply(plan, [approval])
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15  # less than the time-out of the lock
     assert image(db) == before

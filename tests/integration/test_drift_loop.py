@@ -224,4 +224,4 @@ def test_a_signal_in_the_middle_of_a_look_ends_it_and_what_it_had_asked(
             process.kill()
             process.wait()
         assert (process.returncode, said) == (0, ("", "Stopped.\n"))
-        assert shop.db.execute(waiting)[0][0] == 0
+        gone(shop.db)  # while whoever held the table holds it still
