@@ -2,7 +2,8 @@
 
 VENV    := .venv
 BIN     := $(VENV)/bin
-PYTEST  := $(BIN)/python -m pytest
+# Each worker begins with a part of its own, so that what the tests of a file share is made once; who is done helps.
+PYTEST  := $(BIN)/python -m pytest --dist worksteal
 # Workers of pytest-xdist. Each test has its own database, so more are fine where there are more cores.
 WORKERS ?= 2
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet

@@ -48,14 +48,14 @@ SETTINGS = {
     "wal_level": "minimal",
     "max_wal_senders": "0",
     "shared_buffers": "64MB",
-    "max_wal_size": "1GB",
+    "max_wal_size": "512MB",
     "checkpoint_timeout": "1h",
     "autovacuum": "off",
     "timezone": "UTC",
     "log_timezone": "UTC",
 }
 # In bytes, what the servers of a run may need at a time, their logs of changes at full size included.
-ROOM = 4 << 30
+ROOM = 2 << 30
 
 # By the socket, which lies in a private directory, everybody is trusted; TCP is open to each user of the machine and
 # asks for the password of the run.

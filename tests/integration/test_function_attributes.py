@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from reconciler import desired
+from tests import sampling
 from tests.integration import governed
 from tests.servers import Database
 
@@ -489,7 +490,7 @@ def test_a_chain_of_grants_against_the_alphabet(db: Database, tmp_path: Path) ->
         "grant option to the owner",
     ],
 )
-@pytest.mark.parametrize("how", ["new", "replaced"])
+@pytest.mark.parametrize("how", sampling.slow(["new", "replaced"], 2))
 def test_default_privileges_do_not_leak(db: Database, tmp_path: Path, privileges: tuple[str, ...], how: str) -> None:
     system = probes(db, tmp_path)
     if how == "new":

@@ -632,7 +632,7 @@ def test_capturing_again_changes_nothing(pinned: Governed) -> None:
     pinned.settle()
 
 
-@pytest.mark.parametrize(("pin", "by_hand"), sampling.smoke(TAMPERED, 2))
+@pytest.mark.parametrize(("pin", "by_hand"), sampling.smoke(TAMPERED, 3, others=pytest.mark.slow))
 def test_a_pinned_definition_that_moved_is_seen(pinned: Governed, pin: str, by_hand: str) -> None:
     held = {verdict.address: verdict.status for verdict in pinned.plan().invariants}
     assert held[f"invariant.{pin}"] == "held"
@@ -657,7 +657,7 @@ READER = [
 ]
 
 
-@pytest.mark.parametrize("tables", [pytest.param("table", marks=pytest.mark.smoke), "tables"])
+@pytest.mark.parametrize("tables", sampling.smoke(["table", "tables"], 2, others=pytest.mark.slow))
 @pytest.mark.parametrize(("by_hand", "status"), READER)
 def test_a_reader_may_read_and_nothing_else(pinned: Governed, tables: str, by_hand: str, status: str) -> None:
     pin = {"table": "app.observed"} if tables == "table" else {"tables": ["app.outbox", "app.observed"]}
