@@ -21,7 +21,7 @@ from reconciler import apply as applying
 from reconciler import pg, waits
 from reconciler.errors import Locked, ReconcilerError, Stale
 from reconciler.waits import Waits
-from tests import servers
+from tests import sampling, servers
 from tests.fault.duel import ENDED, SERVER, Point, Schedule, Stepping, duel_on
 from tests.fault.race import Tally, locked_by, rounds
 from tests.fault.rivals import RIVALS
@@ -100,7 +100,7 @@ def at_every_step(duel: Duel, name: str, *stages: str) -> Iterator[Round]:
             yield duel.play(rival, Schedule(points=(point,) * (len(rival.statements) + 1)))
 
 
-@pytest.mark.parametrize("name", AT_EVERY_STEP)
+@pytest.mark.parametrize("name", sampling.slow(AT_EVERY_STEP, 3))
 def test_nothing_is_lost_before_any_statement_of_the_locks(duel: Duel, name: str) -> None:
     total = tally(at_every_step(duel, name, "lock"))
     assert (total.lost, total.errors, total.victims) == ([], [], 0)
@@ -488,7 +488,7 @@ def test_a_live_worker_ticks_on_while_phase_2_changes_around_it(dieu45: Database
 # ------------------------------------------------------------------------------------------------------------- many
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["first apply", "later apply"])
+@pytest.mark.parametrize("first", sampling.slow([True, False], 2), ids=["first apply", "later apply"])
 def test_of_fifty_applies_of_one_plan_one_commits(db: Database, tmp_path: Path, first: bool) -> None:
     """Fifty threads, each with connections of its own, begin at the same moment."""
     system = governed.shop(db, tmp_path)
