@@ -53,7 +53,7 @@ def ours(db: Database) -> list[str]:
 
 def gone(db: Database) -> None:
     """Nothing of ours is connected: a process of the server ends a moment after its client has left."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while left := ours(db):
         assert time.monotonic() < deadline, left
         time.sleep(0.01)
