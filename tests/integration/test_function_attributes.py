@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 from reconciler import desired
+from tests import sampling
 from tests.integration import governed
+from tests.servers import Database
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from reconciler.model import Change
     from tests.integration.governed import Governed
-    from tests.servers import Database
+    from tests.servers import Server
 
 PROBE = "app.fn_probe(text, integer)"
 TAGS = "app.fn_tags(text[])"
@@ -295,9 +299,37 @@ def test_the_cases_cover_every_attribute() -> None:
     assert set(FunctionSpec.model_fields) - covered == {"name", "schema_name"}
 
 
+@pytest.fixture(scope="module")
+def lent(
+    server: Server, new_name: Callable[[], str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], AbstractContextManager[Governed]]]:
+    """`with lent() as system`: probes in sync, from the test before where that came to its end and left them so."""
+    idle: list[Governed] = []
+    made: list[Database] = []
+
+    @contextmanager
+    def one() -> Iterator[Governed]:
+        if not idle:
+            made.append(Database.create(server, new_name()))
+            idle.append(probes(made[-1], tmp_path_factory.mktemp("probes")))
+        system = idle.pop()
+        yield system
+        idle.append(system)
+
+    yield one
+    for database in made:
+        database.drop()
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_an_attribute_changed_by_hand_is_seen_and_put_back(db: Database, tmp_path: Path, case: Case) -> None:
-    system = probes(db, tmp_path)
+def test_an_attribute_changed_by_hand_is_seen_and_put_back(
+    lent: Callable[[], AbstractContextManager[Governed]], case: Case
+) -> None:
+    with lent() as system:
+        seen_and_put_back(system, case)
+
+
+def seen_and_put_back(system: Governed, case: Case) -> None:
     if callable(case.by_hand):
         case.by_hand(system, case.address)
     else:
@@ -458,7 +490,7 @@ def test_a_chain_of_grants_against_the_alphabet(db: Database, tmp_path: Path) ->
         "grant option to the owner",
     ],
 )
-@pytest.mark.parametrize("how", ["new", "replaced"])
+@pytest.mark.parametrize("how", sampling.slow(["new", "replaced"], 2))
 def test_default_privileges_do_not_leak(db: Database, tmp_path: Path, privileges: tuple[str, ...], how: str) -> None:
     system = probes(db, tmp_path)
     if how == "new":
@@ -525,17 +557,21 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
-def test_a_body_arrives_to_the_byte(db: Database, tmp_path: Path, body: str) -> None:
+def test_a_body_arrives_to_the_byte(db: Database, tmp_path: Path) -> None:
+    """When the function is created, and when it is replaced because of something else."""
     system = governed.empty(db, tmp_path)
-    text = f"CREATE FUNCTION app.fn_body() RETURNS text LANGUAGE plpgsql AS $quote${body}$quote$;\n"
-    system.function("app.fn_body()", text)
+    for number, body in enumerate(BODIES.values()):
+        text = f"CREATE FUNCTION app.fn_body_{number}() RETURNS text LANGUAGE plpgsql AS $quote${body}$quote$;\n"
+        system.function(f"app.fn_body_{number}()", text)
     system.write().settle()
-    assert db.execute("SELECT prosrc FROM pg_proc WHERE proname = 'fn_body'") == [(body,)]
-    system.sql("ALTER FUNCTION app.fn_body() COST 5")
-    assert roots(only_change(system)) == {"cost"}
+    wanted = {f"fn_body_{number}": body for number, body in enumerate(BODIES.values())}
+    assert dict(db.execute("SELECT proname, prosrc FROM pg_proc WHERE proname LIKE 'fn_body_%'")) == wanted
+    for name in wanted:
+        system.sql(f"ALTER FUNCTION app.{name} COST 5")
+    found = {change.address: roots(change) for change in system.plan().changes}
+    assert found == {f"function.app.{name}()": {"cost"} for name in wanted}
     system.settle()
-    assert db.execute("SELECT prosrc FROM pg_proc WHERE proname = 'fn_body'") == [(body,)]
+    assert dict(db.execute("SELECT proname, prosrc FROM pg_proc WHERE proname LIKE 'fn_body_%'")) == wanted
 
 
 def test_a_file_with_crlf_everywhere(db: Database, tmp_path: Path) -> None:
@@ -592,13 +628,16 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("clause", "stored"), SETTINGS.values(), ids=SETTINGS.keys())
-def test_a_setting_is_stored_as_it_is_compared(db: Database, tmp_path: Path, clause: str, stored: str) -> None:
+def test_a_setting_is_stored_as_it_is_compared(db: Database, tmp_path: Path) -> None:
     system = governed.empty(db, tmp_path)
-    text = f"CREATE FUNCTION app.fn_set() RETURNS integer LANGUAGE sql {clause} AS 'SELECT 1';"
-    system.function("app.fn_set()", text, owner="postgres")  # some settings are a superuser's
+    for number, (clause, _) in enumerate(SETTINGS.values()):
+        text = f"CREATE FUNCTION app.fn_set_{number}() RETURNS integer LANGUAGE sql {clause} AS 'SELECT 1';"
+        system.function(f"app.fn_set_{number}()", text, owner="postgres")  # some settings are a superuser's
     system.write().settle()
-    assert db.execute("SELECT proconfig FROM pg_proc WHERE proname = 'fn_set'") == [([stored],)]
+    stored = dict(db.execute("SELECT proname, proconfig FROM pg_proc WHERE proname LIKE 'fn_set_%'"))
+    assert {name: stored[f"fn_set_{number}"] for number, name in enumerate(SETTINGS)} == {
+        name: [wanted] for name, (_, wanted) in SETTINGS.items()
+    }
 
 
 SHAPES = {
@@ -687,20 +726,24 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(("address", "text", "superuser"), SHAPES.values(), ids=SHAPES.keys())
-def test_a_shape_is_created_as_it_is_compared(
-    db: Database, tmp_path: Path, address: str, text: str, superuser: bool
-) -> None:
+def test_a_shape_is_created_as_it_is_compared(db: Database, tmp_path: Path) -> None:
     """Also put back from a drop by hand and from another cost: created, then replaced."""
     system = governed.empty(db, tmp_path)
-    system.function(address, text, owner="postgres" if superuser else system.owner)
+    addresses: list[str] = []
+    for number, (address, text, superuser) in enumerate(SHAPES.values()):
+        addresses.append(address.replace("fn_shape", f"fn_shape_{number}"))
+        owner = "postgres" if superuser else system.owner
+        system.function(addresses[-1], text.replace("fn_shape", f"fn_shape_{number}"), owner=owner)
     system.write().settle()
-    db.execute(f"COMMENT ON ROUTINE {address} IS 'moved'")
-    db.execute(f"ALTER ROUTINE {address} SET work_mem = '1MB'")
-    assert roots(only_change(system)) == {"comment", "config"}
+    for address in addresses:
+        system.sql(f"COMMENT ON ROUTINE {address} IS 'moved'", f"ALTER ROUTINE {address} SET work_mem = '1MB'")
+    found = {change.address: roots(change) for change in system.plan().changes}
+    assert found == {f"function.{address}": {"comment", "config"} for address in addresses}
     system.settle()
-    db.execute(f"DROP ROUTINE {address}")
-    assert only_change(system).actions == ("add",)
+    for address in addresses:
+        system.sql(f"DROP ROUTINE {address}")
+    found = {change.address: change.actions for change in system.plan().changes}
+    assert found == {f"function.{address}": ("add",) for address in addresses}
     system.settle()
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from reconciler.record import Request
     from tests.servers import Database
 
-LIMIT = 40.0  # seconds within which a beat must have come
+LIMIT = 60.0  # seconds within which a beat must have come
 PATIENCE = "20ms"  # of a worker for a lock: every pause of the apply is longer
 LOCKED = """
 SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid

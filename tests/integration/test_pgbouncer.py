@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tests.pooler import Pooler
     from tests.servers import Database
 
-LIMIT = 40.0  # seconds within which whatever a test waits for must have happened
+LIMIT = 60.0  # seconds within which whatever a test waits for must have happened
 MODES = ["session", "transaction"]
 BACKEND = (
     "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'reconciler apply'"
@@ -250,7 +250,7 @@ def test_a_role_that_somebody_left_in_the_session_is_not_ours(
 @pytest.mark.parametrize("mode", MODES)
 def test_who_is_in_the_way_is_named(system: Governed, pooled: Callable[..., tuple[Pooler, str]], mode: str) -> None:
     """By the process of the server, not by the number that the pooler tells its clients."""
-    system.state["governance"]["apply"] |= {"lock_timeout": "900ms", "lock_retries": 0}
+    system.state["governance"]["apply"] |= {"lock_timeout": "1500ms", "lock_retries": 0}
     pooler, role = pooled(mode)
     dsn = pooler.dsn(system.write().db.name, role)
     plan = system.plan(dsn)
@@ -273,7 +273,7 @@ def test_a_pool_of_one_is_enough(system: Governed, pooled: Callable[..., tuple[P
     begun = time.monotonic()
     with holding(system, GATE), pytest.raises(Locked, match="lock timeout"):
         system.apply(plan, dsn=dsn)
-    assert time.monotonic() - begun < LIMIT / 2
+    assert time.monotonic() - begun < LIMIT
     assert image(system.db) == before
     system.apply(plan, dsn=dsn)
     system.in_sync()
@@ -311,7 +311,7 @@ def test_max_duration_ends_a_statement(system: Governed, pooled: Callable[..., t
     before = image(system.db)
     with pytest.raises(Locked, match="max_duration 5s and was rolled back"):
         system.apply(plan, dsn=dsn)
-    assert not system.db.execute(f"{BACKEND} AND state <> 'idle'")
+    until(lambda: not system.db.execute(f"{BACKEND} AND state <> 'idle'"), "the server has stopped")
     assert image(system.db) == before
     system.sql("DROP TRIGGER sleeps ON app.settings")
     if mode == "transaction":

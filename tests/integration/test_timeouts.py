@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tests.integration.governed import Governed
     from tests.servers import Database
 
-LIMIT = 40.0  # seconds within which whatever a test waits for must have happened
+LIMIT = 50.0  # seconds within which whatever a test waits for must have happened
 FOREVER = 600  # seconds that an obstacle stays: whoever waits for its end has failed
 LONG = {"lock_timeout": "60s", "lock_retries": 0, "statement_timeout": "60s", "max_duration": "100s"}
 BACKEND = (
@@ -116,14 +116,14 @@ def works_now(system: Governed, plan: Plan, role: str) -> None:
 @pytest.mark.smoke
 @pytest.mark.parametrize(("statement", "address"), HOLDS.values(), ids=HOLDS.keys())
 def test_behind_a_long_transaction(db: Database, tmp_path: Path, statement: str, address: str) -> None:
-    system = governed.shop(db, tmp_path, {"lock_timeout": "800ms", "lock_retries": 1})
+    system = governed.shop(db, tmp_path, {"lock_timeout": "1200ms", "lock_retries": 1})
     role = applier(system)
     plan = saved(system)
     before = image(db)
     with holding(system, statement) as conn:
         done, seconds = apply_as(system, role, "--evidence", tmp_path / "run")
-        # Twice 800 ms, less the margin of who looks, and a pause; the rest is the machine's.
-        assert 1.2 <= seconds < 10
+        # Twice 1.2 s and a pause; the rest is the machine's. Each leaves a second for whoever looks who is in the way.
+        assert 2.4 <= seconds < LIMIT
         assert (done.returncode, done.stdout) == (4, "")
         (said,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
         assert f"{address}: " in said
@@ -183,7 +183,7 @@ def test_a_statement_that_sleeps_runs_into_its_time_out(db: Database, tmp_path: 
     plan = saved(system)
     before = image(db)
     done, seconds = apply_as(system, role)
-    assert seconds < 10
+    assert seconds < LIMIT
     assert (done.returncode, done.stdout) == (1, "")
     said = "Error: gate.shop.open: canceling statement due to statement timeout (SQLSTATE 57014)"
     assert said in done.stderr.splitlines()
@@ -393,7 +393,7 @@ def test_a_commit_without_an_answer_is_asked_after(
 
 
 def counted(conn: pg.Connection, stop: Callable[[], None]) -> None:
-    with pg.snapshot(conn, 500):
+    with pg.snapshot(conn, 3000):
         stop()
         pg.rows(conn, "SELECT 1 AS one", doing="counting to one")
 
@@ -405,21 +405,28 @@ def test_a_plan_does_not_wait_for_ever(db: Database, monkeypatch: pytest.MonkeyP
         begun = time.perf_counter()
         with pytest.raises(ServerProblem) as raised:
             counted(conn, stop)
-        assert time.perf_counter() - begun < 5
+        assert time.perf_counter() - begun < LIMIT
     assert raised.value.message == (
-        "counting to one: the connection was lost: no answer within 1 s (SQLSTATE no SQLSTATE)"
+        "counting to one: the connection was lost: no answer within 3 s (SQLSTATE no SQLSTATE)"
     )
     assert conn.closed
     gone(db)
 
 
-def test_a_statement_that_answers_in_its_last_moment_is_not_lost(db: Database) -> None:
+def test_a_statement_that_answers_in_its_last_moment_is_not_lost(
+    db: Database, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The request to stop comes too late: what was done was done."""
+    monkeypatch.setattr(pg, "GRACE", LIMIT)
     with pg.connect(db.dsn, "apply") as conn:
         answer = {"one": 1}
-        deaf = pg.Limit(time.monotonic() + 0.3, lambda: AssertionError("over"), kindly=False)
+        deaf = pg.Limit(time.monotonic() + 98, lambda: AssertionError("over"), kindly=False)
+        # It sleeps for longer than a look at the clock takes to come round, and then its time has long been over.
+        passing = threading.Thread(target=lambda: (until(at(db, "PgSleep"), "it sleeps"), clock.nearly_over()))
+        passing.start()
         with pg.within(conn, deaf):
             assert pg.rows(conn, "SELECT 1 AS one FROM pg_sleep(1)") == [answer]
+            passing.join()
             with pytest.raises(AssertionError, match="over"):
                 pg.rows(conn, "SELECT 2 AS two")  # not even sent
         assert pg.rows(conn, "SELECT 1 AS one") == [answer]
@@ -431,7 +438,7 @@ def test_a_host_that_answers_to_nothing(db: Database, tmp_path: Path, monkeypatc
         begun = time.perf_counter()
         dsn = f"postgresql://postgres@127.0.0.1:{deaf.getsockname()[1]}/app"
         done = command("plan", "-s", governed.shop(db, tmp_path).directory, "--dsn", dsn)
-        assert time.perf_counter() - begun < 10
+        assert time.perf_counter() - begun < LIMIT
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: Cannot connect to PostgreSQL: ")
     assert "timeout" in done.stderr
@@ -540,7 +547,7 @@ def test_ctrl_c_rolls_back_at_once_and_says_so(db: Database, tmp_path: Path, whe
             begun = time.perf_counter()
             os.kill(process.pid, signal.SIGINT)
             out, err = process.communicate(timeout=LIMIT)
-            assert time.perf_counter() - begun < 2 * pg.GRACE + 3
+            assert time.perf_counter() - begun < LIMIT
         finally:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)

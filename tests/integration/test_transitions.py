@@ -12,6 +12,7 @@ import pytest
 from reconciler import apply as applying
 from reconciler import definitions
 from reconciler.errors import NotApproved, Stale, Violated
+from tests import sampling
 from tests.integration import governed
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from tests.integration.governed import Governed
     from tests.servers import Database
-
-pytestmark = pytest.mark.smoke
 
 
 @pytest.fixture
@@ -68,6 +67,7 @@ def refused(system: Governed, check: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- untouched
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -91,6 +91,7 @@ def test_a_write_by_somebody_elses_trigger_is_seen(shop: Governed, body: str, sa
     assert said in refused(shop, "invariant.outbox-untouched")
 
 
+@pytest.mark.smoke
 def test_an_index_made_by_somebody_elses_trigger_is_seen(shop: Governed) -> None:
     behind_our_back(shop, "CREATE INDEX ON app.outbox (note);")
     before = governed.image(shop.db)
@@ -103,6 +104,7 @@ def test_an_index_made_by_somebody_elses_trigger_is_seen(shop: Governed) -> None
     assert shop.db.execute("SELECT count(*) FROM pg_indexes WHERE tablename = 'outbox'") == [(1,)]
 
 
+@pytest.mark.smoke
 def test_a_deferred_trigger_is_seen_before_commit(shop: Governed) -> None:
     shop.sql(
         """
@@ -115,6 +117,7 @@ def test_a_deferred_trigger_is_seen_before_commit(shop: Governed) -> None:
     assert "1 row written" in refused(shop, "invariant.outbox-untouched")
 
 
+@pytest.mark.smoke
 def test_a_write_by_another_backend_on_our_behalf_is_seen(shop: Governed) -> None:
     """Over dblink: no lock of ours tells of it, and what it wrote stands."""
     shop.sql("CREATE EXTENSION dblink SCHEMA app")
@@ -147,17 +150,20 @@ def test_a_foreign_key_check_is_no_write(shop: Governed) -> None:
     shop.settle()
 
 
+@pytest.mark.smoke
 def test_what_others_write_meanwhile_is_theirs(shop: Governed) -> None:
-    stop = threading.Event()
+    stop, begun = threading.Event(), threading.Event()
 
     def write() -> None:
         with psycopg.connect(shop.db.dsn, autocommit=True) as conn:
             while not stop.wait(0.005):
                 conn.execute("INSERT INTO app.outbox (note) VALUES ('background')")
+                begun.set()
 
     writer = threading.Thread(target=write)
     writer.start()
     try:
+        assert begun.wait(60)
         shop.settle()
     finally:
         stop.set()
@@ -174,6 +180,7 @@ def test_a_relation_that_is_not_there_cannot_be_judged(shop: Governed) -> None:
 # ---------------------------------------------------------------------------------------------------- a row untouched
 
 
+@pytest.mark.smoke
 def test_a_gate_flipped_and_flipped_back_is_seen(shop: Governed) -> None:
     shop.state["invariants"]["limit"] = {"gate": "shop.limit", "equals": "10", "row": "untouched"}
     shop.write()
@@ -198,6 +205,7 @@ def test_a_row_that_nobody_wrote_is_untouched(shop: Governed) -> None:
 # --------------------------------------------------------------------------------------------------- queries unchanged
 
 
+@pytest.mark.smoke
 def test_an_answer_that_changes_during_the_apply_is_seen(shop: Governed) -> None:
     del shop.state["invariants"]["outbox-untouched"]
     shop.state["invariants"]["rows"] = {"query": "SELECT o.note FROM app.outbox AS o", "unchanged": True}
@@ -280,6 +288,7 @@ def counted(shop: Governed) -> Governed:
     return shop.write()
 
 
+@pytest.mark.smoke
 def test_the_surface_is_as_predicted(counted: Governed) -> None:
     done = counted.settle()
     rows = {row.address: row for row in done.surface}
@@ -379,6 +388,7 @@ def crowded(counted: Governed) -> Governed:
     return counted.write()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("row", OTHERS)
 def test_what_others_commit_during_the_apply_is_theirs(crowded: Governed, row: str) -> None:
     statement, said = OTHERS[row]
@@ -409,6 +419,7 @@ OURS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("row", OURS)
 def test_what_we_wrote_is_not_hidden_by_what_others_write(crowded: Governed, row: str) -> None:
     body, said = OURS[row]
@@ -464,6 +475,7 @@ def test_where_nobody_can_tell_whose_it_is_a_difference_blocks(crowded: Governed
     crowded.settle()
 
 
+@pytest.mark.smoke
 def test_counters_that_are_off_tell_nothing(crowded: Governed) -> None:
     crowded.state["surface"] = {"jobs": SURFACE["jobs"]}
     crowded.write()
@@ -474,6 +486,7 @@ def test_counters_that_are_off_tell_nothing(crowded: Governed) -> None:
     crowded.settle()
 
 
+@pytest.mark.smoke
 def test_a_partition_that_was_attached_meanwhile_hides_nothing(crowded: Governed) -> None:
     crowded.state["surface"] = {"log": {"query": "SELECT pg_catalog.count(*) FROM app.log"}}
     crowded.state["invariants"]["log-untouched"] = {"untouched": ["app.log"]}
@@ -619,7 +632,7 @@ def test_capturing_again_changes_nothing(pinned: Governed) -> None:
     pinned.settle()
 
 
-@pytest.mark.parametrize(("pin", "by_hand"), TAMPERED)
+@pytest.mark.parametrize(("pin", "by_hand"), sampling.smoke(TAMPERED, 3, others=pytest.mark.slow))
 def test_a_pinned_definition_that_moved_is_seen(pinned: Governed, pin: str, by_hand: str) -> None:
     held = {verdict.address: verdict.status for verdict in pinned.plan().invariants}
     assert held[f"invariant.{pin}"] == "held"
@@ -644,7 +657,7 @@ READER = [
 ]
 
 
-@pytest.mark.parametrize("tables", ["table", "tables"])
+@pytest.mark.parametrize("tables", sampling.smoke(["table", "tables"], 2, others=pytest.mark.slow))
 @pytest.mark.parametrize(("by_hand", "status"), READER)
 def test_a_reader_may_read_and_nothing_else(pinned: Governed, tables: str, by_hand: str, status: str) -> None:
     pin = {"table": "app.observed"} if tables == "table" else {"tables": ["app.outbox", "app.observed"]}
@@ -692,6 +705,7 @@ def test_the_name_of_a_reader_may_be_anything(pinned: Governed, name: str) -> No
         conn.rollback()
 
 
+@pytest.mark.smoke
 def test_functions_have_no_readers(pinned: Governed) -> None:
     pinned.state["invariants"]["functions"]["pin"]["readers"] = [pinned.stranger]
     pinned.write()
