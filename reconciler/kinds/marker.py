@@ -204,6 +204,8 @@ class Marker(Kind[MarkerDeclaration, MarkerSpec, MarkerRules]):
             row, expected = _row(conn, item.address, spec, rules, passive="passive_while" not in refused)
             key = list(spec.key)
             known.setdefault(spec.table, (key, []))[1].append(tuple(spec.key[column] for column in key))
+            if widely and row is not None:
+                row = _without_values(row, expected)
             seen = rows[item.address] = {"of": _essentials(item), "row": row, "expected": expected, "refused": refused}
             if row is None and not isinstance(item.spec, Absent):
                 seen["binds"] = {
@@ -516,6 +518,14 @@ def _row(
     row = found[0]
     row["columns"] = dict(zip(columns, row["texts"], strict=True))
     return row, expected
+
+
+def _without_values(row: Mapping[str, Any], expected: Mapping[str, Json]) -> dict[str, Any]:
+    """The row as far as it matters to a plan: is it there, who has it, how old is it, is it as it was declared."""
+    columns = {
+        column: value if row["columns"][column] == value else f"not {value}" for column, value in expected.items()
+    }
+    return {"xmin": row["xmin"], "passive": row["passive"], "age": row["age"], "columns": columns}
 
 
 def _bound(conn: pg.Connection, address: str, column: str, bind: Bind) -> dict[str, Json]:

@@ -130,7 +130,11 @@ def test_what_must_not_travel_does_not(shop: Governed, monkeypatch: pytest.Monke
     monkeypatch.setenv("RECONCILER_VALUE_TOKEN", "hunter2-hunter2")
     shop.sql("INSERT INTO app.settings (name, value) VALUES ('shop.hidden', 'undeclared-value')")
     shop.sql("UPDATE app.cursor SET ran = '2001-02-03 04:05:06+00'")
-    shop.state["gates"]["shop.token"] = {"secret": True, "value_from": {"env": "RECONCILER_VALUE_TOKEN"}, "reason": "Secret."}
+    shop.state["gates"]["shop.token"] = {
+        "secret": True,
+        "value_from": {"env": "RECONCILER_VALUE_TOKEN"},
+        "reason": "Secret.",
+    }
     shop.write()
     before = taken(shop).read_text()
     assert "2001-02-03" not in before
@@ -145,7 +149,7 @@ def test_what_must_not_travel_does_not(shop: Governed, monkeypatch: pytest.Monke
     # Without key and value the secret is not judged, as in every other plan.
     done = planned(shop, after, "--format", "json")
     assert [one["missing"] for one in json.loads(done.stdout)["invariants"] if one["status"] == "not_judged"] == [
-        "RECONCILER_SECRET_KEY"
+        "variable RECONCILER_VALUE_TOKEN"
     ]
 
 
