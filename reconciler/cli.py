@@ -254,7 +254,7 @@ def snapshot(state: Path, target: str | None, dsn: str | None, allow_untested_se
     \b
     Examples:
       reconciler snapshot --out production.snapshot --dsn postgresql://planner@db/app -t production
-      reconciler snapshot --out production.snapshot && reconciler plan --live production.snapshot
+      reconciler snapshot --out /srv/artefacts/production.snapshot
     """
     from reconciler import desired, pg, survey
     from reconciler import plan as plans

@@ -111,11 +111,13 @@ def changes(
         if address in manifest:
             parts.append((address, "rules", manifest[address]["rules"], item.rules.dump()))
     for address, check in desired.checks.items():
-        if address in manifest:
-            parts.append((address, "check", manifest[address]["spec"], check.spec.dump()))
+        # A new one may be all that is new; the first apply installs everything anyhow.
+        if address in manifest or installed is not None:
+            parts.append((address, "check", manifest.get(address, {}).get("spec"), check.spec.dump()))
     for address, kind, old, new in parts:
         if old is None or _meaning(old) != _meaning(new):
-            reason = "the first one" if old is None else f"the files say another {kind} than is installed"
+            first = "judged from this apply on" if kind == "check" else "the first one"
+            reason = first if old is None else f"the files say another {kind} than is installed"
             found.append(_change(address, kind, old, new, reason))
     return (*found, *(_accepted(desired, live, manifest) if live is not None else ()))
 
