@@ -222,7 +222,10 @@ def with_installed(moved: Classified, setup: Sequence[Change]) -> Classified:
     more = tuple(
         Drift(**{name: getattr(one, name) for name in Drift.model_fields})
         for one in setup
-        if one.before is not None and one.kind not in {"ledger", "accepted"} and one.address not in told
+        # Before the first apply nothing is installed, and all of it is.
+        if (one.before is not None or one.kind == "check")
+        and one.kind not in {"ledger", "accepted"}
+        and one.address not in told
     )
     return replace(moved, pending=tuple(sorted((*moved.pending, *more), key=lambda one: one.address)))
 
