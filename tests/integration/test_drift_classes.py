@@ -141,6 +141,8 @@ def test_what_the_files_forget_and_somebody_changes(shop: Governed) -> None:
 def test_a_moved_pin_is_told_from_another_violation(shop: Governed) -> None:
     shop.state["invariants"]["jobs"] = {"pin": {"table": "app.job"}}
     assert command("pin", "-s", shop.write().directory, dsn=shop.db.dsn).returncode == 0
+    assert told(looked(shop)) == {("pending", "invariant.jobs")}
+    shop.settle()
     assert looked(shop).items == ()
     shop.sql("ALTER TABLE app.job ADD COLUMN more int")
     report = looked(shop)
