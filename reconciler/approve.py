@@ -13,8 +13,21 @@ from pydantic import ValidationError
 
 from reconciler import signatures
 from reconciler.errors import NotApproved, PlanDamaged, ProofFailed, UsageError, Violated
-from reconciler.model import Approval, Emergency, Json, Plan, Policy, Target, Verdict, canonical, milliseconds
-from reconciler.plan import read, stamp
+from reconciler.model import (
+    Approval,
+    Emergency,
+    Identity,
+    Json,
+    Listed,
+    Plan,
+    Policy,
+    Target,
+    Verdict,
+    canonical,
+    milliseconds,
+)
+from reconciler.plan import effect_digest as plan_digest
+from reconciler.plan import fleet_digest, read, stamp
 from reconciler.trust import check_plan
 
 if TYPE_CHECKING:
@@ -34,9 +47,11 @@ def approve(  # noqa: PLR0913 - what a person states, each once
     now: datetime,
     key: Path | None = None,
     break_glass: bool = False,
+    listed: Listed | None = None,
 ) -> Approval:
     """A person's yes to the plan's effects.
 
+    listed: on these targets instead of the plan's own, which is one of them, for the same effects.
     accepted: the hazards, each by name. expires: a duration such as `24h`; None takes the policy's, the longest. key:
     signs it; a private key, or a public one that the agent holds the other half of.
     Raises PlanDamaged for a plan that is not what its digest says, Violated for one that could not be applied,
@@ -70,9 +85,10 @@ def approve(  # noqa: PLR0913 - what a person states, each once
         raise UsageError(f"--expires {expires} is longer than the policy's {policy.approval.expires}.")
     approval = Approval(
         id=str(uuid.uuid4()),
-        effect_digest=plan.effect_digest,
+        effect_digest=plan.effect_digest if listed is None else fleet_digest(listed),
         plan_checksum=checksum,
-        target=plan.target,
+        target=plan.target if listed is None else None,
+        listed=listed,
         approver=approver,
         reason=reason,
         accepted=tuple(sorted(set(accepted))),
@@ -347,11 +363,11 @@ def _wrong(
     reasons = (
         (approval.id in court.used, "was used before; an approval is for one apply"),
         (
-            court.target is not None and not _same_place(approval.target, court.target),
-            f"is for {_place(approval.target)}, not for this database",
+            court.target is not None and not _names(approval, court.target),
+            f"is for {_place(approval)}, not for this database",
         ),
         (
-            approval.effect_digest != effect_digest,
+            not covers(approval, effect_digest, court.target),
             f"is for other effects ({approval.effect_digest[:12]}, not {effect_digest[:12]})",
         ),
         (moment >= approval.expires_at, f"expired at {approval.expires_at}"),
@@ -382,16 +398,36 @@ def _wrong(
     return next((sentence for is_wrong, sentence in reasons if is_wrong), "")
 
 
-def _same_place(one: Target, other: Target) -> bool:
-    return _identity(one) == _identity(other)
+def covers(approval: Approval, effect_digest: str, target: Target | None = None) -> bool:
+    """Is it for these effects on this target? The digest says both; `target` only spares looking through a list.
+
+    A list is covered when the digest is that of the effects on one of the databases in it, so neither a list that
+    was changed nor effects of another group pass; and the list must be the one that the approval's own digest is of.
+    """
+    if approval.listed is None:
+        return approval.effect_digest == effect_digest
+    known = [one for one in approval.listed.targets if target is None or _identity(one) == _identity(target)]
+    return approval.effect_digest == fleet_digest(approval.listed) and any(
+        plan_digest(approval.listed.effects_digest, one) == effect_digest for one in known
+    )
 
 
-def _identity(target: Target) -> tuple[str, str, str]:
+def _names(approval: Approval, target: Target) -> bool:
+    if approval.target is not None:
+        return _identity(approval.target) == _identity(target)
+    return approval.listed is not None and _identity(target) in map(_identity, approval.listed.targets)
+
+
+def _identity(target: Target | Identity) -> tuple[str, str, str]:
     return target.name, target.database, target.system_identifier
 
 
-def _place(target: Target) -> str:
-    return f"target {target.name}, database {target.database} of system {target.system_identifier}"
+def _place(approval: Approval) -> str:
+    if approval.target is not None:
+        target = approval.target
+        return f"target {target.name}, database {target.database} of system {target.system_identifier}"
+    listed = approval.listed
+    return f"{len(listed.targets)} targets of fleet {listed.fleet}" if listed is not None else "no target"
 
 
 def _lifetime(approval: Approval) -> timedelta:

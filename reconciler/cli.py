@@ -6,30 +6,36 @@ Modules that are slow to import are imported by the command that uses them, so t
 from __future__ import annotations
 
 import itertools
-import os
 import shlex
 import signal
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from reconciler import __version__
+from reconciler.cli_edges import F, untested_option
+from reconciler.cli_edges import aside as _aside
+from reconciler.cli_edges import colour as _colour
+from reconciler.cli_edges import evidence_parent as _evidence_parent
+from reconciler.cli_edges import ignore_signals as _ignore_signals
+from reconciler.cli_edges import interrupt as _interrupt
+from reconciler.cli_edges import options_for as _options_for
+from reconciler.cli_edges import print_json as _json
+from reconciler.cli_fleet import fleet
 from reconciler.errors import InputError, Interrupted, ReconcilerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from reconciler.drift import DriftReport
-    from reconciler.evidence import Folder
+    from reconciler.fleet.groups import Group
     from reconciler.look import Look
-    from reconciler.model import Approval, Desired, Entry, Model, Outcome, Plan, Target
-
-F = TypeVar("F", bound="Callable[..., Any]")
+    from reconciler.model import Approval, Desired, Model, Plan, Target
 
 FORMATS = ("text", "json")
 REPORTS = (*FORMATS, "markdown", "html")
@@ -52,14 +58,11 @@ def _target_option(command: F) -> F:
 
 
 def _server_options(command: F) -> F:
-    command = click.option(
-        "--allow-untested-server", is_flag=True, help="Go on with a server newer than any that was tested."
-    )(command)
     return click.option(
         "--dsn",
         envvar="RECONCILER_DSN",
         help="libpq connection string or URI; else RECONCILER_DSN, else libpq's PG* variables and service files.",
-    )(command)
+    )(untested_option(command))
 
 
 def _output_options(command: F) -> F:
@@ -74,21 +77,6 @@ def _drift_options(command: F) -> F:
     return _options_for(command, DRIFT_REPORTS)
 
 
-def _options_for(command: F, formats: tuple[str, ...]) -> F:
-    command = click.option("-v", "--verbose", is_flag=True, help="Say more.")(command)
-    command = click.option("--no-color", is_flag=True, help="No colours (also: NO_COLOR, no terminal, TERM=dumb).")(
-        command
-    )
-    return click.option(
-        "--format",
-        "form",
-        type=click.Choice(formats),
-        default="text",
-        show_default=True,
-        help="How to print the result.",
-    )(command)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="reconciler")
 def cli() -> None:
@@ -97,6 +85,9 @@ def cli() -> None:
     Exit codes: 0 done or no changes, 1 error, 2 changes pending or drift, 3 an invariant is violated or not judged, or
     a proof failed, 4 refused (stale, not approved, locked), 5 outcome unknown (ask with settle).
     """
+
+
+cli.add_command(fleet)
 
 
 @cli.command()
@@ -190,7 +181,7 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
       reconciler plan --live production.snapshot --format markdown
     """
     from reconciler import approve as approvals
-    from reconciler import capabilities, desired, drift, obstacles, pg, survey
+    from reconciler import desired, look, survey
     from reconciler import plan as plans
     from reconciler.errors import UsageError
     from reconciler.render import text
@@ -199,22 +190,13 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
         raise UsageError("A plan is signed with --key FILE, --as NAME and --out FILE together.")
     wanted = survey.taken(desired.load(given["state"], given["target"]))
     now = datetime.now(UTC)
-
-    def planned(found: survey.Survey) -> Plan:
-        moved = drift.classify(wanted, found.last.manifest, found.live, last_known=found.last.readable)
-        return found.plan(now, moved.drift)
-
     if given["snapshot"]:
         if ctx.get_parameter_source("dsn") is click.core.ParameterSource.COMMANDLINE:
             raise UsageError("A plan is made from --live or from --dsn, not from both.")
         seen = survey.load(given["snapshot"])
-        made = planned(survey.recalled(seen, wanted)).model_copy(update={"snapshot_of": seen.taken_at})
+        made = look.plan_of(survey.recalled(seen, wanted), now).model_copy(update={"snapshot_of": seen.taken_at})
     else:
-        with pg.connect(given["dsn"], "plan") as conn:
-            pg.check_version(conn, allow_untested=given["allow_untested_server"])
-            with pg.snapshot(conn):
-                made = planned(survey.survey(conn, wanted))
-                made = capabilities.shown(conn, wanted, obstacles.shown(conn, wanted, made))
+        made = look.planned(given["dsn"], wanted, allow_untested=given["allow_untested_server"], now=now)
     shown = made if given["show_values"] else plans.masked(made)
     if given["form"] == "text":
         click.echo(text.plan(shown, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
@@ -283,10 +265,15 @@ def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
     from reconciler import approve as approvals
     from reconciler import evidence as evidences
     from reconciler import plan as plans
+    from reconciler.fleet import groups
     from reconciler.render import text
     from reconciler.trust import check_plan
 
     document = {} if file.is_dir() else plans.read(file, "plan, approval or evidence")
+    if groups.is_one(document):
+        group = groups.judged(file, document)
+        _show_group(group, form, colour=_colour(no_color), verbose=verbose)
+        return
     if file.is_dir() or evidences.is_evidence(document):
         kept = evidences.load(file)
         given, sort, shown = kept, "evidence", text.evidence(kept, colour=_colour(no_color), verbose=verbose)
@@ -301,6 +288,20 @@ def show(file: Path, form: str, no_color: bool, verbose: bool) -> None:
         click.echo(shown, nl=False)
     else:
         _document(given, form, sort)
+
+
+def _show_group(group: Group, form: str, *, colour: bool, verbose: bool) -> None:
+    """A plan for several targets: the list, and the plan of the first of them."""
+    from reconciler.fleet import text as fleets
+    from reconciler.render import text
+
+    if form == "json":
+        _json(group)
+    elif form == "text":
+        click.echo(fleets.listing(group), nl=False)
+        click.echo(text.plan(group.plan, colour=colour, verbose=verbose), nl=False)
+    else:
+        _document(group.plan, form, "plan")
 
 
 @cli.command()
@@ -328,12 +329,17 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
     """
     from reconciler import approve as approvals
     from reconciler import plan as plans
+    from reconciler.fleet import groups
+    from reconciler.model import digest
     from reconciler.render import text
 
-    made, checksum = plans.load(plan_file)
+    document = plans.read(plan_file, "plan")
+    group = groups.judged(plan_file, document) if groups.is_one(document) else None
+    made, checksum = (group.plan, digest(document)) if group is not None else plans.load(plan_file)
     approval = approvals.approve(
         made,
         checksum,
+        listed=None if group is None else group.listed,
         approver=given["approver"],
         reason=given["reason"],
         accepted=given["accepted"],
@@ -351,7 +357,7 @@ def approve(plan_file: Path, **given: Any) -> None:  # noqa: ANN401 - as plan
         click.echo(text.approval(approval, colour=_colour(given["no_color"])), nl=False)
     needed = 1 if approval.break_glass else approvals.judging(made)[0].approval.needed(made.hazards)
     there = f"; the plan needs {needed} approvals, {len(approvals.all_beside(plan_file))} lie beside it" * (needed > 1)
-    click.echo(f"Saved {out}{there}. Next: reconciler apply {plan_file}", err=True)
+    click.echo(f"Saved {out}{there}. Next: reconciler {'fleet ' * (group is not None)}apply {plan_file}", err=True)
 
 
 @cli.command()
@@ -393,6 +399,7 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
     from reconciler import approve as approvals
     from reconciler import carried
     from reconciler import evidence as evidences
+    from reconciler import kept as keeping
     from reconciler import plan as plans
     from reconciler.render import text
     from reconciler.trust import check_plan
@@ -421,7 +428,7 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
     )
     place = given["evidence"] or _evidence_parent() / evidences.default_name(request.run_id, datetime.now(UTC))
     request = replace(request, settle_by=_settle_command(ctx, place), folder=place)
-    kept = _Kept(
+    kept = keeping.Kept(
         evidences.Folder(place),
         made,
         checksum,
@@ -431,7 +438,8 @@ def apply(ctx: click.Context, plan_file: Path, **given: Any) -> None:  # noqa: A
             for approval, path in itertools.zip_longest(loaded, files)
         ],
         plans.serialize(request.rehearsal.dump()) if request.rehearsal else None,
-        _signing(given["key"]),
+        keeping.signing(given["key"]),
+        lambda: _aside(f"Evidence: {place}"),
     )
     record = applying.Record(_Progress(verbose=given["verbose"]))
     # A polite kill rolls back like Ctrl-C does; a kill -9 leaves it to the server.
@@ -484,6 +492,7 @@ def settle(ctx: click.Context, run: Path, **given: Any) -> None:  # noqa: ANN401
     from reconciler import evidence as evidences
     from reconciler import plan as plans
     from reconciler import settle as settling
+    from reconciler.kept import signing
     from reconciler.render import html, markdown, text
 
     place = evidences.find(run, _evidence_parent())
@@ -498,7 +507,7 @@ def settle(ctx: click.Context, run: Path, **given: Any) -> None:  # noqa: ANN401
             allow_untested=given["allow_untested_server"],
         )
         pages = {"report.md": markdown.evidence(kept), "report.html": html.evidence(kept)}
-        evidences.complete(place, kept, entry, pages, _signing(given["key"]))
+        evidences.complete(place, kept, entry, pages, signing(given["key"]))
         click.echo(f"Evidence: {place}", err=True)
     else:
         click.echo("Nothing to settle: the evidence says what became of the run.", err=True)
@@ -508,81 +517,6 @@ def settle(ctx: click.Context, run: Path, **given: Any) -> None:  # noqa: ANN401
         colour = _colour(given["no_color"])
         click.echo(text.evidence(kept, colour=colour, verbose=given["verbose"]), nl=False)
     ctx.exit(0 if kept.outcome == "applied" else 1)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What a run leaves: the folder, and what was given to it, byte for byte."""
-
-    folder: Folder
-    plan: Plan
-    checksum: str
-    plan_bytes: bytes
-    approvals: list[tuple[str, bytes]]
-    rehearsal: bytes | None
-    sign: Callable[[bytes], str] | None
-
-    def write(self, done: Outcome, entry: Entry | None) -> list[str]:
-        """Write the evidence; problems are returned, because after COMMIT nothing changes the outcome."""
-        from reconciler import evidence as evidences
-        from reconciler.render import html, markdown
-
-        problems: list[str] = []
-        try:
-            told = evidences.document(done, self.plan, self.checksum)
-            pages = {"report.md": markdown.evidence(told), "report.html": html.evidence(told)}
-
-            def files(sign: Callable[[bytes], str] | None) -> dict[str, bytes]:
-                return evidences.files(
-                    told,
-                    plan=self.plan_bytes,
-                    approvals=self.approvals,
-                    entry=entry,
-                    pages=pages,
-                    rehearsal=self.rehearsal,
-                    sign=sign,
-                )
-
-            try:
-                made = files(self.sign)
-            except ReconcilerError as error:
-                problems.append(f"the evidence is not signed: {error.message}")
-                made = files(None)
-            self.folder.write(made)
-        except KeyboardInterrupt:
-            return [f"interrupted while evidence was written to {self.folder.path}"]
-        except ReconcilerError as error:
-            return [error.message]
-        except Exception as error:  # noqa: BLE001 - the change stands, whatever goes wrong in telling it
-            return [f"evidence could not be written to {self.folder.path}: {type(error).__name__}: {error}"]
-        _aside(f"Evidence: {self.folder.path}")
-        return problems
-
-
-def _signing(key: Path | None) -> Callable[[bytes], str] | None:
-    """What signs the statements of a run. A key that is not there stops an apply before it begins."""
-    if key is None:
-        return None
-    from reconciler import signatures
-    from reconciler.errors import UsageError
-
-    if not key.is_file():
-        raise UsageError(f"There is no key {key}.", hint="Name a private key, or a public one that the agent holds.")
-    return lambda message: signatures.sign(message, key, signatures.EVIDENCE)
-
-
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _ignore_signals() -> None:
-    """From here on the outcome is known and is told, however often somebody presses Ctrl-C."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _evidence_parent() -> Path:
-    return Path(os.environ.get("RECONCILER_EVIDENCE") or "evidence")
 
 
 def _settle_command(ctx: click.Context, place: Path) -> str:
@@ -1265,17 +1199,6 @@ def load(directory: Path, dsn: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ the edges
 
 
-def _aside(text: str) -> None:
-    """A line on stderr, if anybody reads along: that nobody does stops nothing and changes no exit code."""
-    with suppress(OSError):
-        click.echo(text, err=True)
-
-
-def _colour(no_color: bool) -> bool:
-    unwanted = no_color or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    return not unwanted and sys.stdout.isatty()
-
-
 def _document(found: Model, form: str, sort: str) -> None:
     """Print a plan, drift report, approval or evidence as JSON, Markdown or HTML."""
     if form == "json":
@@ -1284,12 +1207,6 @@ def _document(found: Model, form: str, sort: str) -> None:
     import importlib
 
     click.echo(getattr(importlib.import_module(f"reconciler.render.{form}"), sort)(found), nl=False)
-
-
-def _json(document: Model | dict[str, Any]) -> None:
-    from reconciler.render.text import as_json
-
-    click.echo(as_json(document if isinstance(document, dict) else document.dump()))
 
 
 def _fail(error: ReconcilerError) -> int:

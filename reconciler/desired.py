@@ -194,6 +194,12 @@ def _approvers(directory: Path, governance: Governance, entry: _Entry) -> tuple[
     return signatures.plain(text), problems
 
 
+def targets(directory: Path) -> frozenset[str]:
+    """The names of `governance.targets`. The directory is one that `load` takes."""
+    _, governance, _, _ = _parsed(directory)
+    return frozenset(governance.targets if governance is not None else ())
+
+
 def sources(directory: Path) -> dict[str, Path]:
     """The file of every declared function, by its identity. The directory is one that `load` takes."""
     sections, _, _, _ = _parsed(directory)

@@ -5,7 +5,8 @@ ReconcilerError                1  error
 ├── UsageError                 1  flags or files that do not fit together
 ├── PlanDamaged                1  a plan or approval file that is not what was written
 ├── ServerProblem              1  cannot connect, untested server, a statement failed
-│   └── MissingPrivilege       1
+│   ├── MissingPrivilege       1
+│   └── Unreachable            1  nobody answers, or not any more
 ├── SandboxError               1  the embedded server
 ├── MissingProgram             1  pg_dump, of no use or not there
 ├── BackupFailed               1  no backup, so nothing was begun
@@ -85,6 +86,10 @@ class ServerProblem(ReconcilerError):
 
 class MissingPrivilege(ServerProblem):
     """The role may not do this."""
+
+
+class Unreachable(ServerProblem):
+    """There is no connection to PostgreSQL; later there may be one."""
 
 
 class SandboxError(ReconcilerError):

@@ -1,11 +1,11 @@
-"""The edge of `drift`: one look at the database -> a report, with what PostgreSQL knows of each change. Reads only."""
+"""The edge of `drift` and `plan`: one look at the database -> a report, or a plan. Reads only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reconciler import drift, pg
+from reconciler import capabilities, drift, obstacles, pg
 from reconciler.drift import Attribution
 from reconciler.errors import ServerProblem
 from reconciler.parts import relation
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from reconciler.drift import DriftReport
-    from reconciler.model import Address, Desired, Drift
+    from reconciler.model import Address, Desired, Drift, Plan
     from reconciler.survey import Survey
 
 WHO = "who did it: PostgreSQL keeps no record of that; its log may (log_statement, or pgaudit)"
@@ -53,6 +53,24 @@ def look(dsn: str | None, wanted: Desired, *, fail_on: Collection[str], allow_un
         attributions=known,
     )
     return Look(found, report)
+
+
+def plan_of(found: Survey, now: datetime) -> Plan:
+    """The plan that follows from what was seen, with what drifted. Raises Refused."""
+    moved = drift.classify(found.desired, found.last.manifest, found.live, last_known=found.last.readable)
+    return found.plan(now, moved.drift)
+
+
+def planned(dsn: str | None, wanted: Desired, *, allow_untested: bool, now: datetime) -> Plan:
+    """What would change, with locks and privileges as this role sees them, on a connection of its own.
+
+    Raises ServerProblem, UsageError, Refused.
+    """
+    with pg.connect(dsn, "plan") as conn:
+        pg.check_version(conn, allow_untested=allow_untested)
+        with pg.snapshot(conn):
+            made = plan_of(survey(conn, wanted), now)
+            return capabilities.shown(conn, wanted, obstacles.shown(conn, wanted, made))
 
 
 def attributions(conn: pg.Connection, found: Survey, moved: Sequence[Drift]) -> dict[Address, Attribution]:

@@ -12,10 +12,19 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import rfc8785
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -734,17 +743,38 @@ class Plan(Model):
         return bool(self.setup or self.changes)
 
 
-class Approval(Model):
-    """A person's yes to exactly the effects with this digest.
+class Identity(Model):
+    """Which database: the part of a `Target` that a digest covers."""
 
-    signature: SSHSIG over `statement`; None for an unsigned one. break_glass: alone, in an emergency.
+    name: str
+    database: str
+    system_identifier: str
+
+
+class Listed(Model):
+    """The targets of a fleet that one approval is for: the same effects on each, and on no other.
+
+    fleet: its name. effects_digest: of the effects without any target. targets: by name.
+    """
+
+    fleet: str
+    effects_digest: str
+    targets: tuple[Identity, ...] = Field(min_length=1)
+
+
+class Approval(Model):
+    """A person's yes to exactly the effects with this digest, on one target or on those that are `listed`.
+
+    effect_digest: of effects and target; or of effects and the whole list. signature: SSHSIG over `statement`; None for
+    an unsigned one. break_glass: alone, in an emergency.
     """
 
     format_version: str = FORMAT_VERSION
     id: str
     effect_digest: str
     plan_checksum: str
-    target: Target
+    target: Target | None = None
+    listed: Listed | None = None
     approver: str
     reason: str
     accepted: tuple[str, ...]
@@ -753,6 +783,18 @@ class Approval(Model):
     expires_at: Moment
     break_glass: bool = False
     signature: str | None = None
+
+    @model_validator(mode="after")
+    def _of_one_sort(self) -> Self:
+        if (self.target is None) == (self.listed is None):
+            raise ValueError("an approval is for a target, or for a list of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
+        """Without the one that it has not: what was signed before there were lists keeps its bytes."""
+        absent = "listed" if self.listed is None else "target"
+        return {key: value for key, value in handler(self).items() if key != absent}
 
     def statement(self) -> bytes:
         """What is signed: canonical JSON of everything but the signature."""

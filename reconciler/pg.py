@@ -15,7 +15,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
-from reconciler.errors import Locked, MissingPrivilege, ReconcilerError, ServerProblem, Stale
+from reconciler.errors import Locked, MissingPrivilege, ReconcilerError, ServerProblem, Stale, Unreachable
 from reconciler.model import Target
 from reconciler.secrets import Unspoken
 
@@ -191,16 +191,34 @@ def connect(dsn: str | None, command: str) -> Connection:
             hint="Write it as postgresql://user@host:port/database or as key=value pairs.",
         ) from None
     except psycopg.Error as error:
-        raise ServerProblem(
+        raise Unreachable(
             f"Cannot connect to PostgreSQL: {_connection_message(error)}",
             hint="Check --dsn, RECONCILER_DSN or the PG* variables; passwords belong in PGPASSWORD or ~/.pgpass.",
         ) from None
 
 
+def place(dsn: str) -> dict[str, str] | None:
+    """The parts of a connection string, secrets as empty text; None for one that cannot be read."""
+    try:
+        parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items() if value is not None}
+    except psycopg.Error:
+        return None
+    return {name: "" if name in SECRETS else value for name, value in parts.items()}
+
+
+SECRETS = frozenset({"password", "sslpassword"})
+"""The parts of a connection string that are never shown."""
+
+
+def string(**parts: str) -> str:
+    """A connection string of these parts."""
+    return make_conninfo("", **parts)
+
+
 def without_password(dsn: str) -> str:
     """The connection string as it may be shown: itself, or without the secrets that stand in it."""
     parts = conninfo_to_dict(dsn)
-    shown = {name: value for name, value in parts.items() if name not in {"password", "sslpassword"}}
+    shown = {name: value for name, value in parts.items() if name not in SECRETS}
     return dsn if len(shown) == len(parts) else make_conninfo("", **shown)
 
 
@@ -307,8 +325,13 @@ def rows(
 
 def width(conn: Connection, query: Query, doing: str = "", *, quiet: bool = False) -> int:
     """How many columns a query has. Raises what `translated` makes of a driver error; `quiet` as in `rows`."""
+    return len(columns(conn, query, doing, quiet=quiet))
+
+
+def columns(conn: Connection, query: Query, doing: str = "", *, quiet: bool = False) -> list[str]:
+    """The names of a query's columns, in their order. Raises as `width`."""
     try:
-        return len(conn.execute(query).description or ())
+        return [column.name for column in conn.execute(query).description or ()]
     except psycopg.Error as error:
         raise translated(error, doing, quiet=quiet, unspoken=conn.unspoken) from error
 
@@ -346,7 +369,7 @@ def translated(
     if state == "57014":
         return ServerProblem(message, hint="The statement ran into its time-out. Nothing was changed.")
     if state.startswith(("08", "57P")) or (error.sqlstate is None and isinstance(error, psycopg.OperationalError)):
-        return ServerProblem(
+        return Unreachable(
             f"{prefix}the connection was lost: {primary} (SQLSTATE {state})",
             details=details,
             hint="Nothing was changed. Run the command again when the server is back.",

@@ -29,7 +29,9 @@ from reconciler.model import (
     Drift,
     Finding,
     GateStore,
+    Identity,
     Json,
+    Listed,
     Live,
     NotCompared,
     Plan,
@@ -190,7 +192,7 @@ def effects_digest(declared: Json, setup: Sequence[Change], found: Sequence[Chan
     )
 
 
-def effect_digest(effects: str, target: Target) -> str:
+def effect_digest(effects: str, target: Target | Identity) -> str:
     """SHA-256 that an approval for one target signs: the effects and exactly which database."""
     return digest(
         {
@@ -198,6 +200,17 @@ def effect_digest(effects: str, target: Target) -> str:
             "target": target.name,
             "system_identifier": target.system_identifier,
             "database": target.database,
+        }
+    )
+
+
+def fleet_digest(listed: Listed) -> str:
+    """SHA-256 that an approval for a fleet signs: the effects, and every database that they may be made on."""
+    return digest(
+        {
+            "fleet": listed.fleet,
+            "effects_digest": listed.effects_digest,
+            "targets": [identity.dump() for identity in listed.targets],
         }
     )
 

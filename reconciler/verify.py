@@ -360,7 +360,7 @@ def _documents(path: Path, allowed: str | None, checked: list[str], listed: Mapp
     if sorted(yes.id for yes in approvals) != sorted(yes.id for yes in told.approvals):
         yield "the approvals are not those that the evidence names"
     for yes in approvals:
-        if yes.effect_digest != plan.effect_digest:
+        if not approve.covers(yes, plan.effect_digest, plan.target):
             yield f"the approval of {yes.approver} is for other effects"
     yield from _signed(allowed, plan, approvals, checked)
     yield from _stated(path, told, allowed, checked, listed)

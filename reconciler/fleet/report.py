@@ -6,6 +6,7 @@ A report never holds a connection string: a target is known by its name.
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field, ValidationError
@@ -13,7 +14,7 @@ from pydantic import Field, ValidationError
 from reconciler import __version__
 from reconciler.errors import PlanDamaged, UsageError
 from reconciler.model import Address, DriftClass, Model, Moment, Summary
-from reconciler.plan import MAX_FILE
+from reconciler.plan import MAX_FILE, stamp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from reconciler.drift import DriftReport
     from reconciler.errors import ReconcilerError
+    from reconciler.model import Plan
 
 FORMAT_VERSION = "1.0"
 
@@ -152,7 +154,31 @@ def of_drift(name: str, labels: dict[str, str], found: DriftReport, exit_code: i
             "not_judged": tuple(one.address for one in found.items if one.item_class == "not_judged"),
             "applied": None
             if applied is None
-            else Applied(release=applied["release"], entry=applied["entry"], at=applied["recorded_at"]),
+            else Applied(
+                release=applied["release"],
+                entry=applied["entry"],
+                at=stamp(datetime.fromisoformat(applied["recorded_at"])),
+            ),
+        }
+    )
+
+
+def of_plan(name: str, labels: dict[str, str], made: Plan) -> TargetResult:
+    """A plan of one target, short. Exit code 3 where a check blocks it, else 0."""
+    return TargetResult.model_validate(
+        {
+            "name": name,
+            "labels": labels,
+            "state": "planned",
+            "outcome": made.outcome,
+            "exit_code": 3 if made.blocking else 0,
+            "checked_at": made.created_at,
+            "drift": made.summary.drift,
+            "findings": len(made.findings),
+            "violated": tuple(one.address for one in made.blocking if one.status != "not_judged"),
+            "not_judged": tuple(one.address for one in made.blocking if one.status == "not_judged"),
+            "summary": made.summary,
+            "group": made.effects_digest if made.has_changes and not made.blocking else None,
         }
     )
 

@@ -864,7 +864,7 @@ def approval(found: Approval) -> Page:
     facts: tuple[tuple[str, Words], ...] = (
         ("Approver", (Name(found.approver),)),
         ("Reason", (found.reason,)),
-        _target(found.target.name, found.target.database, found.target.server_version),
+        _covered(found),
         ("Effect digest", (Name(found.effect_digest),)),
         ("Hazards accepted", _listed(found.accepted) or ("none",)),
         ("Attested", _listed(found.attestations) or ("none",)),
@@ -872,6 +872,17 @@ def approval(found: Approval) -> Page:
         ("Signature", ("signed" if found.signature else "not signed",)),
     )
     return Page(f"Approval {found.id}", "approval", "open", (Facts(facts),), ())
+
+
+def _covered(found: Approval) -> tuple[str, Words]:
+    if found.target is not None:
+        return _target(found.target.name, found.target.database, found.target.server_version)
+    places = (
+        [f"{one.name} = {one.database} on {one.system_identifier}" for one in found.listed.targets]
+        if found.listed
+        else []
+    )
+    return "Targets", _listed(places) or ("none",)
 
 
 def history(found: History) -> Page:

@@ -387,12 +387,24 @@ def approval(found: Approval, *, colour: bool) -> str:
     """An approval."""
     page = _Page(colour)
     page.line(f"Approval {found.id} by {found.approver}: {found.reason}")
-    page.line(f"For {_target(found.target)}, effect digest {found.effect_digest}")
+    page.line(f"For {_for(found)}, effect digest {found.effect_digest}")
+    if found.listed is not None:
+        page.line(
+            *(f"  {one.name} (database {one.database}, system {one.system_identifier})" for one in found.listed.targets)
+        )
     page.line(f"Accepts {', '.join(found.accepted) or 'no hazards, there are none'}")
     if found.attestations:
         page.line(f"Attests {', '.join(found.attestations)}")
     page.line(f"Issued {found.issued_at}, expires {found.expires_at}; {'signed' if found.signature else 'not signed'}")
     return page.text()
+
+
+def _for(found: Approval) -> str:
+    if found.target is not None:
+        return _target(found.target)
+    return (
+        "no target" if found.listed is None else f"{count(len(found.listed.targets), 'target')} of {found.listed.fleet}"
+    )
 
 
 class _Page:

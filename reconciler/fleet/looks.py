@@ -1,0 +1,74 @@
+"""In the middle of a fleet command: one look at one member, by the functions of the single commands. Raises nothing."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from reconciler import drift as drifting
+from reconciler.errors import Interrupted, ReconcilerError
+from reconciler.fleet import report
+from reconciler.look import look, planned
+from reconciler.model import Model, Plan
+from reconciler.plan import stamp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from reconciler.fleet.files import Fleet, Member
+    from reconciler.fleet.report import TargetResult
+
+
+class Planned(Model):
+    """One member's plan, and how it went. plan: None where none could be made."""
+
+    result: report.TargetResult
+    plan: Plan | None = None
+
+
+def drift(fleet: Fleet, member: Member, *, fail_on: frozenset[str], untested: bool) -> TargetResult:
+    """What `drift` says of one member; an error is a result too. Raises nothing but what is a fault of ours."""
+
+    def seen() -> TargetResult:
+        now = datetime.now(UTC)
+        found = look(member.dsn, fleet.of(member), fail_on=fail_on, allow_untested=untested, now=now).report
+        return report.of_drift(member.name, dict(member.labels), found, drifting.exit_code(found), 0.0)
+
+    return told(member, seen)
+
+
+def plan(fleet: Fleet, member: Member, *, untested: bool) -> Planned:
+    """What `plan` says of one member."""
+    kept: list[Plan] = []
+
+    def seen() -> TargetResult:
+        now = datetime.now(UTC)
+        made = planned(member.dsn, fleet.of(member), allow_untested=untested, now=now)
+        kept.append(made)
+        return report.of_plan(member.name, dict(member.labels), made)
+
+    return Planned(result=told(member, seen), plan=kept[0] if kept else None)
+
+
+def told(member: Member, seen: Callable[[], TargetResult]) -> TargetResult:
+    """The result of a look with its seconds, or of the error that it raised."""
+    begun = time.monotonic()
+    try:
+        found = seen()
+    except Exception as error:  # noqa: BLE001 - one member never hides the others
+        found = failed(member, error)
+    return found.model_copy(update={"seconds": round(time.monotonic() - begun, 3)})
+
+
+def failed(member: Member, error: Exception) -> TargetResult:
+    """The result of an error. Of one that is a fault of ours nothing but its name is told: it may quote anything."""
+    known = (
+        error if isinstance(error, ReconcilerError) else ReconcilerError(f"Unexpected {type(error).__name__}: a fault.")
+    )
+    return report.of_error(member.name, dict(member.labels), known, stamp(datetime.now(UTC)), 0.0)
+
+
+def left(member: Member) -> TargetResult:
+    """A member whose look was left under way."""
+    return failed(member, Interrupted("Interrupted while it was looked at."))
