@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from reconciler.fleet.report import FleetReport, TargetResult
 
 FORMATS = ("text", "json")
+
+WAITS = 0.5
+"""Seconds between two looks how far a round has come."""
 
 
 def _file_argument(command: F) -> F:
@@ -328,7 +332,7 @@ class _Round:
     def __init__(self, command: Literal["drift", "plan", "apply"], found: Fleet, workers: int | None) -> None:
         self.id = str(uuid.uuid4())
         self.workers = workers or found.declared.workers
-        self._command = command
+        self._command: Literal["drift", "plan", "apply"] = command
         self._fleet = found.name
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
@@ -391,4 +395,122 @@ def _tell(given: Mapping[str, Any], found: FleetReport) -> int:
 
 
 def _queued(found: Fleet, chosen: Sequence[Member], given: Mapping[str, Any]) -> FleetReport:
-    raise NotImplementedError
+    """Have the workers look, and wait until every target was looked at; Ctrl-C ends the waiting, not the round."""
+    from reconciler import drift as drifting
+    from reconciler import pg
+    from reconciler.errors import UsageError
+    from reconciler.fleet import queue, results
+
+    round_id = str(uuid.uuid4())
+    dsn: str = given["queue_dsn"]
+    names = [(member.name, dict(member.labels)) for member in chosen]
+    queue.begin(dsn, found.name, names, round_id, drifting.finding_codes(given["fail_on"]))
+    aside(f"Round {round_id}: {len(chosen)} targets.")
+    told = -1
+    with pg.connect(dsn, "fleet") as conn:
+        with suppress(KeyboardInterrupt):
+            while (progress := results.progress(conn, round_id))[0] < progress[1]:
+                if progress[0] != told:
+                    told = progress[0]
+                    aside(f"{told}/{progress[1]}")
+                time.sleep(WAITS)
+        report = results.last(conn, round_id=round_id)
+    if report is None:
+        raise UsageError(f"The round {round_id} was removed while it went on.")
+    if report.finished_at is None:
+        aside(f"The round goes on without us. Later: reconciler fleet status --round {round_id}")
+    return report.model_copy(update={"interrupted": report.finished_at is None})
+
+
+@fleet.command()
+@_queue_option
+@click.option("--print-sql", is_flag=True, help="Print the SQL instead of running it, for a DBA.")
+def init(queue_dsn: str, print_sql: bool) -> None:
+    """Make the schema of the queue and the results, once, in a database that is not governed.
+
+    \b
+    Examples:
+      reconciler fleet init --queue "service=fleet"
+      reconciler fleet init --queue "service=fleet" --print-sql | less
+    """
+    from reconciler.fleet import queue, results
+
+    if print_sql:
+        click.echo(queue.source(), nl=False)
+        return
+    queue.create(queue_dsn)
+    aside(f"Made the schema {results.SCHEMA}: the rounds, their results and the queue.")
+
+
+@fleet.command()
+@_file_argument
+@_queue_option
+@_workers_option
+@untested_option
+@click.option("--fail-on", default="", help="For rounds of the schedule: findings or classes that also exit 2.")
+@click.option(
+    "--heartbeat", default="10s", show_default=True, metavar="DURATION", help="How often a worker says that it lives."
+)
+def worker(file: Path, **given: Any) -> None:  # noqa: ANN401 - as drift
+    """Look at targets for the queue until Ctrl-C or SIGTERM, and begin the rounds of `schedule`.
+
+    Any number of workers on any number of machines: each target is looked at once in a round, also when a worker is
+    killed. Three heartbeats that did not come, and another worker takes over what it had.
+
+    \b
+    Examples:
+      reconciler fleet worker --queue "service=fleet" fleet.yaml
+      reconciler fleet worker --queue "service=fleet" fleet.yaml --workers 8 --heartbeat 5s
+    """
+    from reconciler import drift as drifting
+    from reconciler.errors import UsageError
+    from reconciler.fleet import files, queue
+    from reconciler.model import milliseconds
+    from reconciler.render.text import printable
+
+    try:
+        heartbeat = milliseconds(given["heartbeat"]) / 1000
+    except ValueError as error:
+        raise UsageError(f"--heartbeat: {error}.") from None
+    found = files.load(file)
+    queue.work(
+        queue.Work(
+            file=file,
+            dsn=given["queue_dsn"],
+            workers=given["workers"] or found.declared.workers,
+            heartbeat=heartbeat,
+            fail_on=drifting.finding_codes(given["fail_on"]),
+            untested=given["allow_untested_server"],
+            told=lambda line: aside(printable(f"{datetime.now(UTC).strftime('%Y-%m-%dT%H:%M:%SZ')} {line}")),
+        ),
+        found,
+    )
+
+
+@fleet.command()
+@_queue_option
+@click.option("--fleet", "name", metavar="NAME", help="The last round of this fleet; else of any.")
+@click.option("--round", "round_id", metavar="ID", help="This round.")
+@_output_options
+@_out_option
+@click.pass_context
+def status(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as drift
+    """Print the last round that the workers did, and which workers live. Exit code as that round's.
+
+    \b
+    Examples:
+      reconciler fleet status --queue "service=fleet"
+      reconciler fleet status --queue "service=fleet" --fleet shops --format json --out board.json
+    """
+    from reconciler import pg
+    from reconciler.errors import UsageError
+    from reconciler.fleet import results
+
+    with pg.connect(given["queue_dsn"], "fleet status") as conn:
+        found = results.last(conn, given["name"], given["round_id"])
+        ages = results.workers(conn)
+    if found is None:
+        raise UsageError("There was no such round yet.", hint="reconciler fleet drift --queue DSN begins one.")
+    beats = ", ".join(f"{age:.0f} s" for age in ages) or "none"
+    aside(f"Workers and how long ago each was heard of: {beats}.")
+    ctx.exit(_tell(given, found))

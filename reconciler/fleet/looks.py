@@ -1,4 +1,4 @@
-"""In the middle of a fleet command: one look at one member, by the functions of the single commands. Raises nothing."""
+"""In the middle of a fleet command: one look at one member, by the functions of the single commands."""
 
 from __future__ import annotations
 
@@ -27,15 +27,22 @@ class Planned(Model):
     plan: Plan | None = None
 
 
-def drift(fleet: Fleet, member: Member, *, fail_on: frozenset[str], untested: bool) -> TargetResult:
-    """What `drift` says of one member; an error is a result too. Raises nothing but what is a fault of ours."""
+def drift(
+    fleet: Fleet,
+    member: Member,
+    *,
+    fail_on: frozenset[str],
+    untested: bool,
+    raising: tuple[type[ReconcilerError], ...] = (),
+) -> TargetResult:
+    """What `drift` says of one member; an error is a result too, unless it is one of `raising`."""
 
     def seen() -> TargetResult:
         now = datetime.now(UTC)
         found = look(member.dsn, fleet.of(member), fail_on=fail_on, allow_untested=untested, now=now).report
         return report.of_drift(member.name, dict(member.labels), found, drifting.exit_code(found), 0.0)
 
-    return told(member, seen)
+    return told(member, seen, raising)
 
 
 def plan(fleet: Fleet, member: Member, *, untested: bool) -> Planned:
@@ -51,11 +58,15 @@ def plan(fleet: Fleet, member: Member, *, untested: bool) -> Planned:
     return Planned(result=told(member, seen), plan=kept[0] if kept else None)
 
 
-def told(member: Member, seen: Callable[[], TargetResult]) -> TargetResult:
-    """The result of a look with its seconds, or of the error that it raised."""
+def told(
+    member: Member, seen: Callable[[], TargetResult], raising: tuple[type[ReconcilerError], ...] = ()
+) -> TargetResult:
+    """The result of a look with its seconds, or of the error that it raised. Raises what is one of `raising`."""
     begun = time.monotonic()
     try:
         found = seen()
+    except raising:
+        raise
     except Exception as error:  # noqa: BLE001 - one member never hides the others
         found = failed(member, error)
     return found.model_copy(update={"seconds": round(time.monotonic() - begun, 3)})

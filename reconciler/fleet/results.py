@@ -77,6 +77,21 @@ def progress(conn: pg.Connection, round_id: str) -> tuple[int, int]:
     return int(row["done"]), int(row["of"])
 
 
+def alone(conn: pg.Connection, queue: str) -> bool:
+    """Is nobody else mending this queue? Then nobody else does until the connection is closed."""
+    query = "SELECT pg_catalog.pg_try_advisory_lock(pg_catalog.hashtextextended(%s, 0)) AS mine"
+    return bool(pg.rows(conn, query, (f"{SCHEMA}/{queue}",), "mending the queue")[0]["mine"])
+
+
+def workers(conn: pg.Connection) -> list[float]:
+    """Seconds since the last heartbeat of every worker that is known, the newest first."""
+    query = """
+        SELECT EXTRACT(epoch FROM pg_catalog.clock_timestamp() - last_heartbeat)::pg_catalog.float8 AS age
+          FROM reconciler_fleet.procrastinate_workers ORDER BY last_heartbeat DESC
+    """
+    return [max(0.0, float(row["age"])) for row in pg.rows(conn, query, doing="looking for workers")]
+
+
 def last(conn: pg.Connection, fleet: str | None = None, round_id: str | None = None) -> FleetReport | None:
     """The newest round (of this fleet), or the one with this id; None when there is none.
 
