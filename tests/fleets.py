@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -10,10 +13,9 @@ from psycopg import sql
 
 from reconciler import plan as planning
 from reconciler.fleet import groups
-from tests.integration.governed import Governed, command, shop
+from tests.integration.governed import command, shop
 
 if TYPE_CHECKING:
-    import subprocess
     from pathlib import Path
 
     from reconciler.fleet.groups import Group
@@ -131,10 +133,40 @@ class Shops:
         return psycopg.connect(self.server.dsn(), autocommit=True)
 
 
+class Workers:
+    """Worker processes, ended with the test."""
+
+    def __init__(self, shops: Shops, dsn: str) -> None:
+        self.shops, self.dsn = shops, dsn
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *more: str) -> subprocess.Popen[bytes]:
+        words = ["fleet", "worker", "--queue", self.dsn, str(self.shops.file), "--heartbeat", "1s", *more]
+        log = (self.shops.root / f"worker-{len(self.running)}.log").open("wb")
+        code = "from reconciler.cli import main; main()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *words], stdout=log, stderr=subprocess.STDOUT, cwd=self.shops.root
+        )
+        log.close()
+        self.running.append(process)
+        return process
+
+    def logs(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.shops.root.glob("worker-*.log")))
+
+    def end(self) -> None:
+        for process in self.running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.running:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
 def rewrite(path: Path, change: dict[str, Any]) -> None:
     """A document of ours with other values, and a checksum that fits: what an attacker would write."""
     document = planning.read(path, "file")
     planning.write(path, {**document, **change})
-
-
-__all__ = ["Governed", "Shops", "rewrite"]

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from reconciler.fleet import queue
-from tests.fleets import Shops
+from tests.fleets import Shops, Workers
+from tests.servers import Database
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from tests.servers import Database, Server
 
 
 @pytest.fixture
@@ -29,46 +25,14 @@ def shops(db: Database, tmp_path: Path) -> Iterator[Shops]:
 
 
 @pytest.fixture
-def results(shops: Shops, new_name: Callable[[], str], server: Server) -> Iterator[str]:
+def results(db: Database) -> Iterator[str]:
     """The database of the queue."""
-    from tests.conftest import _clone
-
-    for made in _clone(server, new_name(), "template1"):
-        queue.create(made.dsn)
-        yield made.dsn
-
-
-class Workers:
-    """Worker processes, ended with the test."""
-
-    def __init__(self, shops: Shops, dsn: str) -> None:
-        self.shops, self.dsn = shops, dsn
-        self.running: list[subprocess.Popen[bytes]] = []
-
-    def start(self, *more: str) -> subprocess.Popen[bytes]:
-        words = ["fleet", "worker", "--queue", self.dsn, str(self.shops.file), "--heartbeat", "1s", *more]
-        log = (self.shops.root / f"worker-{len(self.running)}.log").open("wb")
-        code = "from reconciler.cli import main; main()"
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *words], stdout=log, stderr=subprocess.STDOUT, cwd=self.shops.root
-        )
-        log.close()
-        self.running.append(process)
-        return process
-
-    def logs(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.shops.root.glob("worker-*.log")))
-
-    def end(self) -> None:
-        for process in self.running:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in self.running:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    name = f"{db.name}_results"
+    with psycopg.connect(db.server.dsn(), autocommit=True) as conn:
+        conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    queue.create(db.server.dsn(name))
+    yield db.server.dsn(name)
+    Database(db.server, name).drop()
 
 
 @pytest.fixture
