@@ -71,7 +71,7 @@ class Declaration(Model):
     name: str = Field(pattern="^[a-z][a-z0-9_-]{0,39}$")
     state: str = Field(min_length=1)
     target: str
-    targets: tuple[Entry | Source, ...] = Field(min_length=1)
+    targets: tuple[Entry | Source, ...]
     waves: tuple[Canary | Percent, ...] = ()
     workers: int = Field(default=4, ge=1, le=MOST_WORKERS)
     schedule: str | None = Field(default=None, pattern=r"^\S+( \S+){4,5}$")
@@ -138,7 +138,7 @@ def load(file: Path) -> Fleet:
     declared, found = validate(Declaration, document, ("fleet",), top["fleet"], str(file))
     problems += found
     if declared is None:
-        raise InputError(problems)
+        raise InputError(_in_order(problems))
 
     def at(path: tuple[str | int, ...], message: str) -> Problem:
         return document.problem(str(file), ("fleet", *path), message, value=True)
@@ -159,8 +159,12 @@ def load(file: Path) -> Fleet:
         if isinstance(entry, Entry) and entry.name in taken_names
     ]
     if problems or settings is None:
-        raise InputError(sorted(problems, key=lambda one: (one.file, one.line or 0, one.column or 0, one.message)))
+        raise InputError(_in_order(problems))
     return Fleet(file, declared, document, taken(settings))
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    return sorted(problems, key=lambda one: (one.file, one.line or 0, one.column or 0, one.message))
 
 
 def clash(name: str) -> str:
@@ -185,7 +189,7 @@ _Found = tuple[tuple[str | int, ...], str]
 
 
 def _targets(declared: Declaration) -> list[_Found]:
-    found: list[_Found] = []
+    found: list[_Found] = [] if declared.targets else [(("targets",), "lists nobody")]
     names: dict[str, int] = {}
     places: dict[tuple[str, ...], str] = {}
     for number, entry in enumerate(declared.targets):

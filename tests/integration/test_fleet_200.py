@@ -113,7 +113,7 @@ def test_two_workers_killed_half_way(shops: Shops, capsys: pytest.CaptureFixture
         assert len(by) == 3
         told = shops.told("status", "--queue", dsn)
         assert told["finished_at"] is not None
-        assert {one["outcome"] for one in told["targets"]} == {"no_changes"}
+        assert {(one["outcome"], one["message"]) for one in told["targets"]} == {("no_changes", "")}
     finally:
         workers.end()
     counts = ", ".join(str(row[0]) for row in by)
