@@ -363,14 +363,13 @@ class _Progress:
         self._number = 0
         self._started = time.monotonic()
 
-    def __call__(self, member: Member, result: TargetResult) -> bool:
+    def __call__(self, member: Member, result: TargetResult) -> None:
         from reconciler.fleet.text import said
         from reconciler.render.text import printable
 
         self._number += 1
         seconds = time.monotonic() - self._started
         aside(printable(f"{seconds:6.1f} s  {self._number}/{self._of} {member.name}: {said(result)}"))
-        return True
 
 
 def _warned(under_way: int) -> None:

@@ -36,9 +36,10 @@ class Done(Generic[R]):
 class _Crew(Generic[R]):
     """The threads, and what they share: who waits, who was begun, what came of it, whether to stop."""
 
-    def __init__(self, members: Sequence[Member], work: Callable[[Member], R]) -> None:
+    def __init__(self, members: Sequence[Member], work: Callable[[Member], R], stops: Callable[[R], bool]) -> None:
         self.answers: queue.SimpleQueue[tuple[Member, R]] = queue.SimpleQueue()
         self._work = work
+        self._stops = stops
         self._waiting = list(reversed(members))
         self._begun: set[str] = set()
         # Nobody may begin between the decision to stop and the count of those under way.
@@ -66,31 +67,34 @@ class _Crew(Generic[R]):
                     return
                 member = self._waiting.pop()
                 self._begun.add(member.name)
-            self.answers.put((member, self._work(member)))
+            result = self._work(member)
+            if self._stops(result):
+                self.stop()  # here, and not where the answer is heard: until then somebody else would have begun
+            self.answers.put((member, result))
 
 
-def run(
+def run(  # noqa: PLR0913 - who, what, and who hears of it
     members: Sequence[Member],
     work: Callable[[Member], R],
     *,
     workers: int,
-    told: Callable[[Member, R], bool],
+    told: Callable[[Member, R], object],
     warned: Callable[[int], None],
+    stops: Callable[[R], bool] = lambda _result: False,
 ) -> Done[R]:
     """Do the work for each member, in their order, by so many threads; `work` raises nothing.
 
-    told: hears of each result as it comes, in the calling thread; False stops what has not begun. warned: is told after
-    Ctrl-C how many are still under way.
+    told: hears of each result as it comes, in the calling thread. warned: is told after Ctrl-C how many are still under
+    way. stops: after such a result nobody begins any more.
     """
-    crew = _Crew(members, work)
+    crew = _Crew(members, work, stops)
     done: Done[R] = Done()
     crew.begin(workers)
     while crew.under_way(done):
         try:
             member, result = crew.answers.get(timeout=LOOKS)
             done.results[member.name] = result
-            if not told(member, result):
-                crew.stop()
+            told(member, result)
         except queue.Empty:
             continue
         except KeyboardInterrupt:

@@ -62,10 +62,20 @@ class Rollout:
 
 
 def targets(order: Order, members: Sequence[Member]) -> dict[str, Approved]:
-    """The group of each target. Raises UsageError for a target of two groups, or one that the fleet does not have."""
+    """The group of each target.
+
+    Raises UsageError for a target of two groups, one that the fleet does not have, and a first apply that nobody asked
+    for.
+    """
     found: dict[str, Approved] = {}
     known = {member.name for member in members}
     for approved in order.groups:
+        plan, number = approved.group.plan, len(approved.group.names)
+        if first(plan) and not order.initialize:
+            raise UsageError(
+                f"This would be the first apply of {plan.state.name} on {number} target{'' if number == 1 else 's'}.",
+                hint="Say so with --initialize, so that a lost ledger is never mistaken for a first apply.",
+            )
         for name in approved.group.names:
             if name in found:
                 raise UsageError(f"Target {name} is in two of these plans.", hint="Plan again and apply the new ones.")
@@ -96,17 +106,13 @@ def run(  # noqa: PLR0913 - what a rollout goes by
     outcome = Rollout(())
     for wave in sorted({waves[member.name] for member in members}):
         crowd = [member for member in members if waves[member.name] == wave]
-
-        def heard(member: Member, result: TargetResult) -> bool:
-            told(member, result)
-            return result.state != "failed"
-
         done = pool.run(
             crowd,
             lambda member: one(order, group_of[member.name], member),
             workers=workers,
-            told=heard,
+            told=told,
             warned=warned,
+            stops=lambda result: result.state == "failed",
         )
         done.results |= {member.name: _left(order, member) for member in crowd if member.name in done.left}
         results |= done.results
