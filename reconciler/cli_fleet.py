@@ -149,6 +149,7 @@ def drift(ctx: click.Context, /, file: Path, **given: Any) -> None:  # noqa: ANN
     help="Save a plan for each group of targets in this directory, new or empty.",
 )
 @click.option("--detailed-exitcode", is_flag=True, help="Exit 2 when there are changes.")
+@click.option("--show-values", is_flag=True, help="With -v: print values that declared queries gave; as for plan.")
 @click.pass_context
 def plan(ctx: click.Context, /, file: Path, **given: Any) -> None:  # noqa: ANN401 - as drift
     """Plan every target; those with the same changes from the same state are one group and take one approval.
@@ -158,6 +159,7 @@ def plan(ctx: click.Context, /, file: Path, **given: Any) -> None:  # noqa: ANN4
       reconciler fleet plan
       reconciler fleet plan fleet.yaml --select region=eu --out plans --detailed-exitcode
     """
+    from reconciler import plan as plans
     from reconciler.fleet import files, groups, looks, members, pool
     from reconciler.fleet import text as texts
     from reconciler.render import text
@@ -184,7 +186,8 @@ def plan(ctx: click.Context, /, file: Path, **given: Any) -> None:  # noqa: ANN4
         for group in made:
             click.echo(f"Group {texts.group_line(group)}")
             if given["verbose"]:
-                click.echo(text.plan(group.plan, colour=colour(given["no_color"]), verbose=False), nl=False)
+                shown = group.plan if given["show_values"] else plans.masked(group.plan)
+                click.echo(text.plan(shown, colour=colour(given["no_color"]), verbose=False), nl=False)
     code = _tell({**given, "out": None}, told)
     if given["out"] is not None and not done.interrupted:
         _save(given["out"], made)

@@ -211,6 +211,12 @@ def test_groups_differ_where_the_targets_do(shops: Shops) -> None:
     assert shops.run("plan", shops.file, "--out", shops.root / "plans").returncode == 1
 
 
+def test_a_plan_that_is_printed_hides_what_queries_gave(shops: Shops) -> None:
+    seen = "2026-05-22 11:31:41.928657+00"
+    assert seen not in shops.run("plan", shops.file, "-v").stdout
+    assert seen in shops.run("plan", shops.file, "-v", "--show-values").stdout
+
+
 def test_ctrl_c_ends_it_and_says_what_was_done(shops: Shops, monkeypatch: pytest.MonkeyPatch) -> None:
     from reconciler import cli_fleet
 

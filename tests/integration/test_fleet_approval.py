@@ -162,7 +162,7 @@ def test_one_target_and_a_list_are_never_taken_for_each_other(offline: tuple[Gro
     single = approval.model_copy(
         update={"target": plan.target, "listed": None, "effect_digest": plan.effect_digest, "signature": None}
     )
-    unsigned = {
+    unsigned: dict[str, Any] = {
         "policy": approving.judging(plan)[0].model_copy(
             update={"approval": plan.policy.approval.model_copy(update={"signed": False})}
         )
