@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import traceback
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reconciler import drift as drifting
@@ -73,11 +75,15 @@ def told(
 
 
 def failed(member: Member, error: Exception) -> TargetResult:
-    """The result of an error. Of one that is a fault of ours nothing but its name is told: it may quote anything."""
-    known = (
-        error if isinstance(error, ReconcilerError) else ReconcilerError(f"Unexpected {type(error).__name__}: a fault.")
-    )
+    """The result of an error. Of one that is a fault of ours only its name and place are told: it may quote anything."""
+    known = error if isinstance(error, ReconcilerError) else ReconcilerError(_fault(error))
     return report.of_error(member.name, dict(member.labels), known, stamp(datetime.now(UTC)), 0.0)
+
+
+def _fault(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    at = f" at {Path(last[0].filename).name}:{last[0].lineno}" if last else ""
+    return f"A fault of reconciler: {type(error).__name__}{at}."
 
 
 def left(member: Member) -> TargetResult:
