@@ -75,7 +75,7 @@ def told(
 
 
 def failed(member: Member, error: Exception) -> TargetResult:
-    """The result of an error. Of one that is a fault of ours only its name and place are told: it may quote anything."""
+    """The result of an error. Of a fault of ours only the name and the place are told: it may quote anything."""
     known = error if isinstance(error, ReconcilerError) else ReconcilerError(_fault(error))
     return report.of_error(member.name, dict(member.labels), known, stamp(datetime.now(UTC)), 0.0)
 
