@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from psycopg import sql
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import procrastinate
+    import psycopg
     from procrastinate.job_context import JobContext
 
     from reconciler.fleet.files import Fleet, Member
@@ -126,7 +127,11 @@ def begin(
         pg.run(conn, sql.SQL("SET LOCAL search_path = {}").format(sql.Identifier(results.SCHEMA)))
         begun = results.begin(conn, round_id, fleet, chosen)
         if begun:
-            app.job_manager.batch_defer_jobs(jobs=jobs, connection=conn)
+            try:
+                app.job_manager.batch_defer_jobs(jobs=jobs, connection=conn)
+            except procrastinate.exceptions.ConnectorException as error:
+                # What the driver said is in it.
+                raise pg.translated(cast("psycopg.Error", error.__cause__), "writing the jobs") from None
         pg.run(conn, "COMMIT")
     return begun
 

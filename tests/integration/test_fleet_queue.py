@@ -174,6 +174,23 @@ def test_files_that_are_broken_are_a_result(shops: Shops, workers: Workers) -> N
     assert mended["targets"][3]["message"] == "The fleet has no target shop-009 any more."
 
 
+def test_a_role_that_may_not_write_jobs_is_told_in_one_sentence(shops: Shops, db: Database, results: str) -> None:
+    role = db.role()
+    with psycopg.connect(results, autocommit=True) as conn:
+        conn.execute(
+            sql.SQL(
+                "GRANT USAGE ON SCHEMA reconciler_fleet TO {0};"
+                "GRANT SELECT, INSERT ON reconciler_fleet.round, reconciler_fleet.result TO {0}"
+            ).format(sql.Identifier(role))
+        )
+    done = shops.run("drift", shops.file, "--queue", f"{results} user={role}")
+    assert done.returncode == 1
+    assert "Error: writing the jobs: permission denied for table procrastinate_jobs" in done.stderr
+    assert asked(results, "SELECT count(*) FROM reconciler_fleet.round") == [(0,)]
+    with psycopg.connect(results, autocommit=True) as conn:
+        conn.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
+
+
 WORKERS: LiteralString = "SELECT FROM reconciler_fleet.procrastinate_workers"
 
 
