@@ -124,6 +124,7 @@ def test_the_schedule_begins_rounds_and_each_is_one(shops: Shops, workers: Worke
     assert [process.returncode for process in workers.running] == [0, 0]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_reached_is_tried_again(shops: Shops, workers: Workers) -> None:
     own, away = (sql.Identifier(shops.databases["shop-002"] + more) for more in ("", "_away"))
     rename = sql.SQL("ALTER DATABASE {} RENAME TO {}")
