@@ -48,10 +48,10 @@ def said(one: TargetResult) -> str:
         parts.append(f"violated: {', '.join(one.violated[:MOST_MOVED])}")
     if one.not_judged:
         parts.append(f"not judged: {', '.join(one.not_judged[:MOST_MOVED])}")
-    moved = [item for item in one.items if item.item_class in {"drift", "both", "moved_pin"}]
-    if moved:
-        rest = f", and {len(moved) - MOST_MOVED} more" if len(moved) > MOST_MOVED else ""
-        parts.append(", ".join(map(_moved, moved[:MOST_MOVED])) + rest)
+    found = [item for item in one.items if item.item_class in {"drift", "both", "moved_pin"}]
+    if found:
+        rest = f", and {len(found) - MOST_MOVED} more" if len(found) > MOST_MOVED else ""
+        parts.append(", ".join(map(moved, found[:MOST_MOVED])) + rest)
     if one.findings:
         parts.append(count(one.findings, "finding"))
     if one.message:
@@ -66,7 +66,8 @@ def word(one: TargetResult) -> str:
     return (one.outcome or one.state).replace("_", " ")
 
 
-def _moved(item: Moved) -> str:
+def moved(item: Moved) -> str:
+    """The object, and which part of it."""
     return f"{item.address} ({item.field})" if item.field else item.address
 
 

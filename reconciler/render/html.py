@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from reconciler.render import pages
@@ -50,18 +49,24 @@ def history(found: History) -> str:
 
 def render(page: Page) -> str:
     """The page, complete."""
-    return _template().render(
+    return template("report.html.j2").render(
         page=page, is_name=_is_name, is_status=_is_status, sort_of=_sort, strength=_strength, shown=_shown
     )
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page of the package. Whatever it prints is escaped."""
     # Jinja escapes what it prints; before that, what moves, hides or reorders text is written out.
     surroundings = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("reconciler"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return surroundings.from_string(files("reconciler").joinpath("templates/report.html.j2").read_text("utf-8"))
+    return surroundings.get_template(name)
 
 
 def _finalize(value: object) -> object:
