@@ -26,7 +26,7 @@ from reconciler.cli_edges import ignore_signals as _ignore_signals
 from reconciler.cli_edges import interrupt as _interrupt
 from reconciler.cli_edges import options_for as _options_for
 from reconciler.cli_edges import print_json as _json
-from reconciler.cli_fleet import fleet
+from reconciler.cli_fleet import fleet, serve
 from reconciler.errors import InputError, Interrupted, ReconcilerError
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def cli() -> None:
 
 
 cli.add_command(fleet)
+cli.add_command(serve)
 
 
 @cli.command()
@@ -743,7 +744,7 @@ def _watch(given: Mapping[str, Any], fail_on: frozenset[str], every: float) -> N
     """Look again and again; each round reads the files anew and has a connection of its own."""
     from contextlib import ExitStack
 
-    from reconciler import desired, notify, watch
+    from reconciler import desired, notify, watch, web
     from reconciler.render import prometheus
     from reconciler.render.text import printable
     from reconciler.survey import taken
@@ -789,11 +790,11 @@ def _watch(given: Mapping[str, Any], fail_on: frozenset[str], every: float) -> N
     signal.signal(signal.SIGTERM, _interrupt)
     with ExitStack() as stack:
         if given["listen"]:
-            place = watch.address(given["listen"])
-            host, port = stack.enter_context(watch.serving(place, metrics, lambda: loop.health))
+            place = web.address(given["listen"])
+            host, port = stack.enter_context(web.serving(place, watch.pages(metrics, lambda: loop.health)))
             shown = f"[{host}]" if ":" in host else host
             _aside(f"Listening on http://{shown}:{port}/metrics and /healthz.")
-            if not watch.is_loopback(host):
+            if not web.is_loopback(host):
                 _aside("Warning: everybody who reaches this address can read the names of what is governed.")
         loop.run()
         _ignore_signals()

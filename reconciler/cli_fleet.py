@@ -5,9 +5,11 @@ Modules that are slow to import are imported by the command that uses them.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import uuid
 from contextlib import suppress
@@ -29,7 +31,7 @@ from reconciler.cli_edges import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from reconciler.fleet.files import Fleet, Member
     from reconciler.fleet.report import FleetReport, TargetResult
@@ -38,6 +40,9 @@ FORMATS = ("text", "json")
 
 WAITS = 0.5
 """Seconds between two looks how far a round has come."""
+
+SHORTEST_TOKEN = 16
+"""Characters of a token that nobody guesses."""
 
 
 def _file_argument(command: F) -> F:
@@ -66,6 +71,22 @@ def _queue_option(command: F) -> F:
         required=True,
         metavar="DSN",
         help="The database of the queue and the results; else RECONCILER_QUEUE.",
+    )(command)
+
+
+def _source_argument(command: F) -> F:
+    return click.argument("source", metavar="[FILE]", required=False, type=click.Path(path_type=Path, dir_okay=False))(
+        command
+    )
+
+
+def _results_option(command: F) -> F:
+    return click.option(
+        "--queue",
+        "queue_dsn",
+        envvar="RECONCILER_QUEUE",
+        metavar="DSN",
+        help="The database of the results, where no FILE is given; else RECONCILER_QUEUE.",
     )(command)
 
 
@@ -516,3 +537,117 @@ def status(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - as dr
     beats = ", ".join(f"{age:.0f} s" for age in ages) or "none"
     aside(f"Workers and how long ago each was heard of: {beats}.")
     ctx.exit(_tell(given, found))
+
+
+@fleet.command("report")
+@_source_argument
+@_results_option
+@click.option("--fleet", "name", metavar="NAME", help="With --queue: the last round of this fleet; else of any.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Where to write the page.")
+def report_(source: Path | None, queue_dsn: str | None, name: str | None, out: Path) -> None:
+    """Write the board: every target of a round in one HTML file that searches, sorts and hides without a server.
+
+    FILE is what `fleet drift --format json --out FILE` wrote; with --queue it is the last round of the workers.
+
+    \b
+    Examples:
+      reconciler fleet report drift.json --out board.html
+      reconciler fleet report --queue "service=fleet" --fleet shops --out board.html
+    """
+    from reconciler import plan as plans
+    from reconciler.fleet import board
+
+    page = board.html(_reading(source, queue_dsn, name)(), datetime.now(UTC))
+    plans.replace_file(out, page.encode("utf-8", "backslashreplace"), private=False)
+    aside(f"Written: {out}")
+
+
+@click.command()
+@_source_argument
+@_results_option
+@click.option("--fleet", "name", metavar="NAME", help="With --queue: the last round of this fleet; else of any.")
+@click.option("--listen", default="127.0.0.1:9188", show_default=True, metavar="HOST:PORT", help="Where to listen.")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file with the token that whoever asks must have; else RECONCILER_TOKEN. Only loopback goes without.",
+)
+@click.option("--refresh", default="15s", show_default=True, metavar="DURATION", help="How often the page asks again.")
+def serve(source: Path | None, queue_dsn: str | None, name: str | None, **given: Any) -> None:  # noqa: ANN401 - as drift
+    """Show the board of a fleet to browsers, always as it is now. Reads only.
+
+    FILE is what `fleet drift --format json --out FILE` writes, again and again; with --queue it is the last round of
+    the workers.
+
+    \b
+    Examples:
+      reconciler serve --queue "service=fleet"
+      reconciler serve drift.json --listen 0.0.0.0:9188 --token-file /run/secrets/board
+    """
+    from reconciler import web
+    from reconciler.errors import UsageError
+    from reconciler.fleet import serve as serving
+    from reconciler.model import milliseconds
+
+    place = web.address(given["listen"])
+    token = _token(given["token_file"])
+    if token is None and not web.is_loopback(place[0]):
+        raise UsageError(
+            f"--listen {given['listen']}: others than this machine reach that.",
+            hint="Give a token: --token-file FILE, or RECONCILER_TOKEN.",
+        )
+    try:
+        refresh = max(1, milliseconds(given["refresh"]) // 1000)
+    except ValueError as error:
+        raise UsageError(f"--refresh {given['refresh']}: {error}.") from None
+    found = serving.Source(_reading(source, queue_dsn, name), keep=min(refresh, 5))
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    with web.serving(place, serving.pages(found, web.Guard(token), refresh)) as (host, port):
+        shown = f"[{host}]" if ":" in host else host
+        aside(f"The board is at http://{shown}:{port}/ (Ctrl-C ends it).")
+        with suppress(KeyboardInterrupt):
+            stop.wait()
+
+
+def _token(file: Path | None) -> str | None:
+    """What stands in the file, or in the environment. Raises UsageError."""
+    from reconciler.errors import UsageError
+
+    text = os.environ.get("RECONCILER_TOKEN")
+    where = "RECONCILER_TOKEN"
+    if file is not None:
+        where = str(file)
+        try:
+            text = file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise UsageError(f"Cannot read the token from {file}: {reason}.") from None
+    if text is None:
+        return None
+    if len(text.strip()) < SHORTEST_TOKEN:
+        raise UsageError(
+            f"{where}: a token has at least {SHORTEST_TOKEN} characters.", hint="Make one: openssl rand -hex 32"
+        )
+    return text.strip()
+
+
+def _reading(source: Path | None, queue_dsn: str | None, name: str | None) -> Callable[[], FleetReport]:
+    """How the newest report is read. Raises UsageError when nothing says where from, or two things do."""
+    from reconciler import pg
+    from reconciler.errors import UsageError
+    from reconciler.fleet import report, results
+
+    if source is not None:
+        return lambda: report.load(source)
+    if queue_dsn is None:
+        raise UsageError("Give the FILE of a report, or --queue DSN.")
+
+    def read() -> FleetReport:
+        with pg.connect(queue_dsn, "fleet report") as conn:
+            found = results.last(conn, name)
+        if found is None:
+            raise UsageError("There was no such round yet.", hint="reconciler fleet drift --queue DSN begins one.")
+        return found
+
+    return read

@@ -5,28 +5,22 @@ Nothing here knows a database: a round is a function that says what it saw or ra
 
 from __future__ import annotations
 
-import ipaddress
 import threading
 import time
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import AF_INET6
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from reconciler.errors import ReconcilerError, UsageError
+from reconciler.errors import ReconcilerError
+from reconciler.web import Answer, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
 SHORTEST = 1.0
 """Seconds between two rounds, at least."""
 
 LATE = 3
 """So many intervals without a finished round, and the loop does not count as alive."""
-
-SLOW_READER = 10.0
-"""Seconds that somebody who asks by HTTP may take."""
 
 
 @dataclass
@@ -99,85 +93,22 @@ class Loop:
         return True, "ok"
 
 
-def address(text: str) -> tuple[str, int]:
-    """`127.0.0.1:9187`, `[::1]:9187`, `localhost:0` as host and port. Raises UsageError."""
-    host, _, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    good = bool(bare) and port.isascii() and port.isdigit() and int(port) < 65536 and (":" not in bare or bare != host)
-    if not good:
-        raise UsageError(f"--listen {text}: write host:port, for example 127.0.0.1:9187 or [::1]:9187.")
-    return bare, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Is this an address that only the same machine reaches?"""
-    if host == "localhost":
-        return True
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
-
-
-@contextmanager
-def serving(
-    place: tuple[str, int], metrics: Callable[[], str], health: Callable[[], tuple[bool, str]]
-) -> Generator[tuple[str, int]]:
-    """While the block runs, `/metrics` and `/healthz` are answered, in threads of their own; yields host and port.
+def pages(metrics: Callable[[], str], health: Callable[[], tuple[bool, str]]) -> Callable[[Request], Answer]:
+    """`/metrics` and `/healthz`, and nothing else.
 
     metrics: the text of the first. health: whether the loop is alive, which is 200 or 503, and a line of text.
-    Raises UsageError when nobody can listen there.
     """
 
-    class Handler(BaseHTTPRequestHandler):
-        timeout = SLOW_READER
-        server_version = "reconciler"
-        sys_version = ""
+    def answer(request: Request) -> Answer:
+        match (request.method, request.path):
+            case ("GET", "/metrics"):
+                return Answer(metrics(), sort="text/plain; version=0.0.4; charset=utf-8")
+            case ("GET", "/healthz"):
+                good, words = health()
+                return Answer(f"{words}\n", 200 if good else 503)
+            case ("GET", _):
+                return Answer("There is /metrics and /healthz.\n", 404)
+            case _:
+                return Answer("There is nothing to write to.\n", 405)
 
-        def do_GET(self) -> None:
-            """Two pages, and nothing else."""
-            match self.path.partition("?")[0]:
-                case "/metrics":
-                    self._answer(200, metrics(), "text/plain; version=0.0.4; charset=utf-8")
-                case "/healthz":
-                    good, words = health()
-                    self._answer(200 if good else 503, f"{words}\n")
-                case _:
-                    self._answer(404, "There is /metrics and /healthz.\n")
-
-        do_HEAD = do_GET  # noqa: N815 - the name is http.server's
-
-        def _answer(self, code: int, text: str, sort: str = "text/plain; charset=utf-8") -> None:
-            body = text.encode("utf-8", "backslashreplace")
-            with suppress(OSError):  # who asked went away
-                self.send_response(code)
-                self.send_header("Content-Type", sort)
-                self.send_header("Content-Length", str(len(body)))
-                self.send_header("X-Content-Type-Options", "nosniff")
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, ANN401 - the signature is http.server's
-            """Nothing: who asks every ten seconds would fill the log."""
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        address_family = AF_INET6 if ":" in place[0] else ThreadingHTTPServer.address_family
-
-        def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as above
-            """Nothing: what a stranger sends is no trouble of ours."""
-
-    try:
-        server = Server(place, Handler)
-    except OSError as error:
-        raise UsageError(
-            f"Cannot listen on {place[0]}:{place[1]}: {error.strerror or error}.", hint="Choose another with --listen."
-        ) from None
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
-    thread.start()
-    try:
-        yield place[0], int(server.server_address[1])
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return answer

@@ -1,6 +1,6 @@
 """Beside the tests: headless Chromium, told what to do over a pipe (its DevTools protocol), to look at a report.
 
-Debian's package `chromium`. Nothing is downloaded, and no page is asked for but files.
+Debian's package `chromium`. Nothing is downloaded, and no page is asked for but files and what this machine serves.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from contextlib import contextmanager
 from io import FileIO
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 OPTIONS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-extensions", "--disable-sync",
-    "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 )  # fmt: skip
 
 
@@ -44,9 +45,9 @@ class Page:
             self._ask(f"{domain}.enable")
         self._ask("Page.setLifecycleEventsEnabled", enabled=True)
 
-    def open(self, file: Path) -> None:
-        """Load a file and wait until it and all that it asks for are there."""
-        address = file.resolve().as_uri()
+    def open(self, file: Path | str) -> None:
+        """Load a file, or an address on this machine, and wait until it and all that it asks for are there."""
+        address = file if isinstance(file, str) else file.resolve().as_uri()
         self._loaded = ""
         frame = self._ask("Page.navigate", url=address)["loaderId"]
         while self._loaded != frame:
@@ -70,6 +71,26 @@ class Page:
         """The value of a JavaScript expression."""
         done = self._ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         return done["result"].get("value")
+
+    def until(self, expression: str, limit: float = 60.0) -> Any:
+        """The value of a JavaScript expression, as soon as it has one. limit: seconds."""
+        deadline = time.monotonic() + limit
+        while not (value := self.evaluate(f"document.readyState === 'complete' && ({expression})")):
+            if time.monotonic() > deadline:
+                raise TimeoutError(expression)
+            time.sleep(0.05)
+        return value
+
+    def key(self, name: str, text: str = "") -> None:
+        """Press and release one key, as somebody without a mouse does."""
+        for sort in ("keyDown", "keyUp"):
+            code = {"Enter": 13, "Tab": 9, " ": 32}.get(name, 0)
+            self._ask("Input.dispatchKeyEvent", type=sort, key=name, text=text, windowsVirtualKeyCode=code)
+
+    def tree(self) -> list[tuple[str, str]]:
+        """What a screen reader is told of the page: role and name of every part that is not left out."""
+        nodes = self._ask("Accessibility.getFullAXTree")["nodes"]
+        return [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
 
     def picture(self, file: Path, *, whole: bool = True) -> None:
         """A PNG of the whole page, or of the window."""

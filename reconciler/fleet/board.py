@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Strength = Literal["good", "bad", "weak"]
 
-RANKS = (
+RANKS: tuple[tuple[str, Strength], ...] = (
     ("unknown", "bad"), ("error", "bad"), ("proof_failed", "bad"), ("violated", "bad"), ("drift", "bad"),
     ("stale", "weak"), ("not_approved", "weak"), ("locked", "weak"), ("changes", "weak"), ("not_started", "weak"),
     ("already", "good"), ("applied", "good"), ("no_changes", "good"),
@@ -32,7 +32,7 @@ WORDS = {"no_changes": "in sync", "already": "already applied"}
 """What is not said as it is written."""
 
 COLUMNS = (
-    ("Target", "text"), ("Outcome", "number"), ("Checked", "text"), ("Drift", "number"), ("Violated", "number"),
+    ("Target", "text"), ("Outcome", "rank"), ("Checked", "text"), ("Drift", "number"), ("Violated", "number"),
     ("Findings", "number"), ("Last applied", "text"), ("What", ""),
 )  # fmt: skip
 """Heads, and how a column is sorted; empty: it is not."""

@@ -53,7 +53,7 @@
     });
     if (!order.length || !heads[order[0]]) return;
     const column = Number(order[0]);
-    const numbers = heads[column].dataset.sort === "number";
+    const numbers = heads[column].dataset.sort !== "text";
     const key = row => {
       const cell = row.cells[column];
       const value = cell.dataset.value === undefined ? cell.textContent.trim() : cell.dataset.value;

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from reconciler import watch
+from reconciler import watch, web
 from reconciler.errors import ReconcilerError, ServerProblem, UsageError
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def test_two_pages_and_nothing_else() -> None:
     def health() -> tuple[bool, str]:
         return bool(state["alive"]), "some words"
 
-    with watch.serving(("127.0.0.1", 0), lambda: str(state["metrics"]), health) as place:
+    with web.serving(("127.0.0.1", 0), watch.pages(lambda: str(state["metrics"]), health)) as place:
         assert asked(place, "/metrics") == (200, "text/plain; version=0.0.4; charset=utf-8", "a 1\n")
         assert asked(place, "/metrics?x=1")[0] == 200
         state["metrics"] = "a 2 é\n"
@@ -178,16 +178,16 @@ def test_two_pages_and_nothing_else() -> None:
         assert asked(place, "/healthz")[0] == 503
         for path in ("/", "/../etc/passwd", "/metrics/x"):
             assert asked(place, path)[0] == 404
-        assert asked(place, "/metrics", "POST")[0] == 501
+        assert asked(place, "/metrics", "POST")[0] == 405
     with pytest.raises(OSError):  # noqa: PT011 - refused, in the words of the system
         asked(place, "/metrics")
 
 
 def test_a_place_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with (
-        watch.serving(("127.0.0.1", 0), lambda: "", lambda: (True, "")) as place,
+        web.serving(("127.0.0.1", 0), lambda _: web.Answer()) as place,
         pytest.raises(UsageError, match=f"Cannot listen on 127.0.0.1:{place[1]}"),
-        watch.serving(place, lambda: "", lambda: (True, "")),
+        web.serving(place, lambda _: web.Answer()),
     ):
         pass
     assert capsys.readouterr() == ("", "")
@@ -212,11 +212,11 @@ def test_a_place_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 def test_where_to_listen(text: str, expected: tuple[str, int] | None) -> None:
     if expected is None:
         with pytest.raises(UsageError, match="write host:port"):
-            watch.address(text)
+            web.address(text)
     else:
-        assert watch.address(text) == expected
+        assert web.address(text) == expected
 
 
 def test_loopback_is_told_from_the_world() -> None:
-    assert [watch.is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost")] == [True] * 4
-    assert [watch.is_loopback(host) for host in ("0.0.0.0", "::", "192.0.2.1", "db.example.org")] == [False] * 4
+    assert [web.is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost")] == [True] * 4
+    assert [web.is_loopback(host) for host in ("0.0.0.0", "::", "192.0.2.1", "db.example.org")] == [False] * 4
