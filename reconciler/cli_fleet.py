@@ -601,13 +601,12 @@ def serve(source: Path | None, queue_dsn: str | None, name: str | None, **given:
     except ValueError as error:
         raise UsageError(f"--refresh {given['refresh']}: {error}.") from None
     found = serving.Source(_reading(source, queue_dsn, name), keep=min(refresh, 5))
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, interrupt)
     with web.serving(place, serving.pages(found, web.Guard(token), refresh)) as (host, port):
         shown = f"[{host}]" if ":" in host else host
         aside(f"The board is at http://{shown}:{port}/ (Ctrl-C ends it).")
         with suppress(KeyboardInterrupt):
-            stop.wait()
+            threading.Event().wait()
 
 
 def _token(file: Path | None) -> str | None:
