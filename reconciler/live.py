@@ -178,15 +178,15 @@ def _checks(asked: Asked) -> list[tuple[CheckKind, Check]]:
 def identify(conn: pg.Connection, desired: Desired) -> Target:
     """The database's identity under the target's name. Raises UsageError when it is not the target's database."""
     found = pg.identify(conn).model_copy(update={"name": desired.target})
-    check_database(desired, found)
+    check_database(desired, found, "this connection is to")
     return found
 
 
-def check_database(desired: Desired, found: Target) -> None:
-    """Is it the database that the files say? Pure. Raises UsageError."""
+def check_database(desired: Desired, found: Target, what: str) -> None:
+    """Is it the database that the files say? Pure. what: before its name. Raises UsageError."""
     if desired.database is not None and found.database != desired.database:
         raise UsageError(
-            f"Target {desired.target} is database {desired.database}, but this is {found.database}.",
+            f"Target {desired.target} is database {desired.database}, but {what} {found.database}.",
             hint="Check --dsn and --target.",
         )
 

@@ -77,7 +77,7 @@ def recalled(snapshot: Snapshot, desired: Desired) -> Survey:
             f"The snapshot is of target {target.name} of {snapshot.name}, not of {desired.target} of {desired.name}.",
             hint="Check --target and --state.",
         )
-    live.check_database(desired, target)
+    live.check_database(desired, target, "the snapshot is of")
     ledger.check_named(desired, last, target)
     ledger.check_apart(desired, snapshot.scopes)
     _guarded(desired, last)

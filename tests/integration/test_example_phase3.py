@@ -137,7 +137,14 @@ def test_the_plan_and_its_effects_are_the_predicted_ones(release: Release) -> No
         (["change"], "gate.queue.runtime.phase"),
         (["add"], f"marker.{CALLER}"),
     ]
-    assert release.plan["setup"] == []  # the ledger is there, the policy is the same
+    # The ledger is there, the policy is the same; what Phase 3 judges beside Phase 2 is installed with it.
+    assert {(change["kind"], change["before"]) for change in release.plan["setup"]} == {("check", None)}
+    assert {change["address"] for change in release.plan["setup"]} == {
+        "invariant.F03-no-phase3-event",
+        "invariant.P3-caller-in-time",
+        "invariant.P3-no-job-of-a-route",
+        "invariant.P3-pilot-enqueues-nothing",
+    }
     assert "Apply complete! 5 added, 1 changed, 0 removed." in release.text.splitlines()
     assert release.before["queue keys"] == 12
     after = count(release.database)

@@ -193,7 +193,7 @@ def test_not_seen_is_not_held(
         assert missing in verdict["detail"]
     text = reading(command, dieu45, role, state)
     assert text.returncode == 3
-    assert text.stdout.count("not_judged") == len(addresses)
+    assert text.stdout.count(": not_judged: ") == len(addresses)
     assert missing in text.stdout
     assert f", {len(affected)} not judged" in text.stdout
 
