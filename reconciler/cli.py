@@ -170,6 +170,12 @@ def schema() -> None:
 )
 @click.option("--as", "author", metavar="NAME", help="For --key: who makes the plan.")
 @click.option("--detailed-exitcode", is_flag=True, help="Exit 2 when there are changes.")
+@click.option(
+    "--template",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="For --format markdown: a Jinja file that puts the parts of the comment together.",
+)
+@click.option("--artefact", default="", metavar="URL", help="For --format markdown: where the whole plan lies.")
 @click.option("--show-values", is_flag=True, help="Print values that declared queries gave; only for trusted runs.")
 @click.pass_context
 def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click hands over options of every type
@@ -185,7 +191,7 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
     from reconciler import desired, look, survey
     from reconciler import plan as plans
     from reconciler.errors import UsageError
-    from reconciler.render import text
+    from reconciler.render import comment, text
 
     if bool(given["key"]) != bool(given["author"]) or (given["key"] and not given["out"]):
         raise UsageError("A plan is signed with --key FILE, --as NAME and --out FILE together.")
@@ -201,6 +207,10 @@ def plan(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click h
     shown = made if given["show_values"] else plans.masked(made)
     if given["form"] == "text":
         click.echo(text.plan(shown, colour=_colour(given["no_color"]), verbose=given["verbose"]), nl=False)
+    elif given["form"] == "markdown":
+        file = given["out"].name if given["out"] else "PLAN"
+        made_of = {"artefact": given["artefact"], "template": given["template"]}
+        click.echo(comment.plan(shown, file=shlex.quote(file), **made_of), nl=False)
     else:
         _document(shown, given["form"], "plan")
     if made.blocking:

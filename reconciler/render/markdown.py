@@ -30,7 +30,7 @@ def evidence(found: Evidence) -> str:
 
 
 def plan(found: Plan) -> str:
-    """A plan, for a comment on a pull request."""
+    """A plan, whole; `comment` makes one that fits into a pull request."""
     return render(pages.plan(found))
 
 
@@ -55,6 +55,11 @@ def render(page: Page) -> str:
     for section in page.sections:
         blocks += _section(section, 2)
     return "\n\n".join(blocks) + "\n"
+
+
+def section(found: Section, level: int) -> str:
+    """One part of a page, with a heading of this level."""
+    return "\n\n".join(_section(found, level))
 
 
 def _section(section: Section, level: int) -> Iterable[str]:
