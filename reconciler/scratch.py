@@ -48,8 +48,10 @@ def database(dsn: str | None = None) -> Generator[str]:
 def copy_roles(conn: pg.Connection, copy: pg.Connection) -> None:
     """Roles belong to the server: those that the scratch server lacks are made there, without password and log-in."""
     query = "SELECT rolname::pg_catalog.text AS name, rolinherit FROM pg_catalog.pg_roles WHERE rolname !~ '^pg_'"
+    # In this order: on one and the same server a role that somebody makes meanwhile is not made again.
+    wanted = {row["name"]: row["rolinherit"] for row in pg.rows(conn, query)}
     there = {row["name"] for row in pg.rows(copy, query)}
-    new = {row["name"]: row["rolinherit"] for row in pg.rows(conn, query) if row["name"] not in there}
+    new = {name: inherits for name, inherits in wanted.items() if name not in there}
     for name, inherits in new.items():
         create = sql.SQL("CREATE ROLE {} {}").format(
             sql.Identifier(name), sql.SQL("INHERIT" if inherits else "NOINHERIT")
