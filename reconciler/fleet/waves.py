@@ -19,8 +19,8 @@ def assign(waves: Sequence[Canary | Percent], members: Sequence[Member]) -> dict
     """The wave of every member, from 1, by name. Without waves everybody is in the first.
 
     A canary wave has whom it names. A percent wave has the next members in the order of the file, until so many percent
-    of all members, rounded up, are in it or in a wave before it. Raises UsageError for a canary that is nobody: what was
-    to go first would silently be skipped.
+    of all members, rounded up, are in it or in a wave before it. Raises UsageError for a canary that is nobody: what
+    was to go first would silently be skipped.
     """
     if not waves:
         return {member.name: 1 for member in members}
