@@ -117,7 +117,7 @@ def run(  # noqa: PLR0913 - what a rollout goes by
             warned=warned,
             stops=lambda result: result.state == "failed",
         )
-        done.results |= {member.name: _left(order, member) for member in crowd if member.name in done.left}
+        done.results |= {member.name: _left(member) for member in crowd if member.name in done.left}
         results |= done.results
         if done.interrupted or any(result.state == "failed" for result in done.results.values()):
             outcome.interrupted, outcome.halted = done.interrupted, wave
@@ -234,12 +234,11 @@ def first(plan: Plan) -> bool:
     return any(change.kind == "policy" and change.before is None for change in plan.setup)
 
 
-def _left(order: Order, member: Member) -> TargetResult:
+def _left(member: Member) -> TargetResult:
     """A target whose apply was left under way: nobody waited for its end."""
-    place = order.folder / member.name
     error = OutcomeUnknown(
         "Left while it was applied; nobody waited to hear what became of it. Start the rollout again, which asks its"
-        f" ledger, or: {order.settle_by(member, place)}"
+        " ledger."
     )
     return looks.failed(member, error).model_copy(update={"state": "failed"})
 

@@ -29,9 +29,10 @@ def assign(waves: Sequence[Canary | Percent], members: Sequence[Member]) -> dict
         if isinstance(wave, Canary):
             meant = [member for member in members if _is_canary(member, wave)]
             if not meant:
-                labels = ", ".join(f"{name}={value}" for name, value in dict(wave.canary).items())
+                canary = wave.canary
+                named = canary if isinstance(canary, tuple) else [f"{name}={value}" for name, value in canary.items()]
                 raise UsageError(
-                    f"No target of the fleet is of wave {number}, the canary {labels}.",
+                    f"No target of the fleet is of wave {number}, the canary {', '.join(named)}.",
                     hint="Nothing was begun. Look at `labels` in the file of the fleet, or take the wave out.",
                 )
             chosen = [member for member in meant if member.name not in placed]

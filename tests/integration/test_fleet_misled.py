@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from reconciler.fleet import rollout
+from reconciler.fleet.files import Member
 from tests.fleets import Shops
 
 if TYPE_CHECKING:
@@ -49,9 +51,18 @@ def test_an_approval_used_for_other_effects_makes_nobody_done(shops: Shops) -> N
     (second,) = shops.plan("second")
     alone = shops.apply(second, "--approval", used, evidence="two")
     assert "skipped" not in alone.stdout
+    # Evidence is never overwritten, so the very same words would be refused.
+    assert "start the same command again with another --evidence." in alone.stderr
     assert alone.returncode == 4
     assert "The plan is not approved. the approval of operator was used before" in alone.stdout
     both = shops.apply(second, "--approval", used, "--approval", shops.approve(second), evidence="three")
     assert both.returncode == 0, both.stdout + both.stderr
     assert shops.rollout("three") == dict.fromkeys(shops.names, "applied")
     assert shops.nothing_left()
+
+
+def test_what_was_left_is_asked_of_its_ledger_and_not_of_evidence_that_nobody_wrote() -> None:
+    left = rollout._left(Member("shop-001", "dbname=shop_001", {}))
+    assert (left.state, left.exit_code) == ("failed", 5)
+    assert "Start the rollout again" in left.message
+    assert "settle" not in left.message
