@@ -325,7 +325,8 @@ def apply(ctx: click.Context, /, plan_files: tuple[Path, ...], **given: Any) -> 
     code = _tell(given, told)
     if done.halted is not None:
         left = sum(one.state == "not_started" for one in told.targets)
-        aside(f"Stopped in wave {done.halted}; {left} not started. Put it right and start the same command again.")
+        how = " with another --evidence" if given["evidence"] else ""
+        aside(f"Stopped in wave {done.halted}; {left} not started. Put it right and start the same command again{how}.")
     ctx.exit(code)
 
 

@@ -6,7 +6,9 @@ A redirect is not followed: the report would go to somebody nobody named. Certif
 from __future__ import annotations
 
 import json
+import queue
 import ssl
+import threading
 import urllib.error
 import urllib.request
 from http.client import HTTPException
@@ -57,13 +59,20 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def check(url: str) -> None:
     """Raises UsageError, without the URL, for one that nothing could be posted to."""
+    holds_user = False
     try:
         parts = urlsplit(url)
         usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        holds_user = "@" in parts.netloc
     except ValueError:
         usable = False
     if not usable or any(char.isspace() or not char.isprintable() for char in url):
         raise UsageError("--notify needs a URL that begins with https:// or http:// and names a host.")
+    if holds_user:
+        raise UsageError(
+            "--notify: a user before the host is not sent.",
+            hint="Put what the server asks for into the path or the query.",
+        )
 
 
 def post(
@@ -76,8 +85,8 @@ def post(
 ) -> None:
     """Post the document; three attempts where another may help. Raises NotNotified, without the URL.
 
-    sleep: waits so many seconds. timeout: in seconds, of each attempt. context: by whose certificates a server is
-    believed; the system's when None.
+    sleep: waits so many seconds. timeout: in seconds, of each attempt for a connection and again for an answer.
+    context: by whose certificates a server is believed; the system's when None.
     """
     opener = urllib.request.build_opener(
         _NoRedirect, urllib.request.HTTPSHandler(context=context or ssl.create_default_context())
@@ -89,7 +98,7 @@ def post(
         if pause:
             sleep(pause)
         try:
-            said = _attempt(opener, urllib.request.Request(url, body, headers, method="POST"), timeout)  # noqa: S310
+            said = _in_time(opener, urllib.request.Request(url, body, headers, method="POST"), timeout)  # noqa: S310
         except _Final as final:
             raise NotNotified(f"The report could not be posted to the URL of --notify: {final}.") from None
         if not said:
@@ -97,6 +106,29 @@ def post(
     raise NotNotified(
         f"The report could not be posted to the URL of --notify: {said} ({1 + len(PAUSES)} attempts)."
     ) from None
+
+
+def _in_time(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float) -> str:
+    """As `_attempt`, and as a whole no longer than twice the time-out.
+
+    A socket's own time-out begins anew with each byte, and a server may send one now and then for ever.
+    """
+    answers: queue.SimpleQueue[str | _Final] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(_attempt(opener, request, timeout))
+        except _Final as final:
+            answers.put(final)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        found = answers.get(timeout=2 * timeout)
+    except queue.Empty:
+        return "no answer in time"
+    if isinstance(found, _Final):
+        raise found
+    return found
 
 
 def _attempt(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -79,7 +80,8 @@ class Guard:
         """What is answered in the place of the page; None: it is theirs to see."""
         if self.token is None:
             # A name that somebody lets point to 127.0.0.1 would make this page part of their site (DNS rebinding).
-            host = request.headers.get("host", "").rpartition(":")[0].strip("[]")
+            # A browser leaves out port 80.
+            host = re.sub(r":[0-9]*\Z", "", request.headers.get("host", "")).removeprefix("[").removesuffix("]")
             return None if is_loopback(host) else Answer("Ask by the address that was printed.\n", 421)
         if request.method == "POST" and request.path == "/login":
             given = parse_qs(request.body.decode("utf-8", "replace")).get("token", [""])[0]

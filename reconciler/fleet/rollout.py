@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reconciler import apply as applying
-from reconciler import ledger, pg
+from reconciler import approve, ledger, pg
 from reconciler import plan as plans
 from reconciler.errors import OutcomeUnknown, ReconcilerError, UsageError
 from reconciler.evidence import Folder
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from reconciler.fleet.files import Fleet, Member
     from reconciler.fleet.groups import Group
     from reconciler.model import Approval, Plan
+
+MOST_REASONS = 3
+"""Details of an error that a result tells."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def run(  # noqa: PLR0913 - what a rollout goes by
             warned=warned,
             stops=lambda result: result.state == "failed",
         )
-        done.results |= {member.name: _left(order, member) for member in crowd if member.name in done.left}
+        done.results |= {member.name: _left(member) for member in crowd if member.name in done.left}
         results |= done.results
         if done.interrupted or any(result.state == "failed" for result in done.results.values()):
             outcome.interrupted, outcome.halted = done.interrupted, wave
@@ -127,17 +130,20 @@ def one(order: Order, approved: Approved, member: Member) -> TargetResult:
     """Apply to one target, unless its ledger says that it was done. Raises nothing but what is a fault of ours."""
 
     def apply() -> TargetResult:
-        ids = {approval.id for approval, _ in approved.approvals}
         plan = approved.group.of(member.name, order.fleet.of(member).ledger)
+        # One that was used for other effects says nothing of these; the apply says what is wrong with it.
+        ids = {one.id for one, _ in approved.approvals if approve.covers(one, plan.effect_digest, plan.target)}
         if before := already(member, plan, ids):
             return before
         try:
             return _apply(order, approved, member, plan)
-        except ReconcilerError:
+        except ReconcilerError as error:
             # Somebody else may have been quicker with the same approval.
             if before := already(member, plan, ids):
                 return before
-            raise
+            # There is no other place to read what stands in the way: where nothing was begun, no evidence is written.
+            why = "; ".join(error.details[:MOST_REASONS])
+            return looks.failed(member, error).model_copy(update={"message": f"{error.message} {why}".rstrip()})
 
     found = looks.told(member, apply)
     return found.model_copy(update={"state": "failed"}) if found.state == "checked" else found
@@ -228,12 +234,11 @@ def first(plan: Plan) -> bool:
     return any(change.kind == "policy" and change.before is None for change in plan.setup)
 
 
-def _left(order: Order, member: Member) -> TargetResult:
+def _left(member: Member) -> TargetResult:
     """A target whose apply was left under way: nobody waited for its end."""
-    place = order.folder / member.name
     error = OutcomeUnknown(
         "Left while it was applied; nobody waited to hear what became of it. Start the rollout again, which asks its"
-        f" ledger, or: {order.settle_by(member, place)}"
+        " ledger."
     )
     return looks.failed(member, error).model_copy(update={"state": "failed"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -20,8 +21,10 @@ def test_the_readme_walks_through_it(server: Server) -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```$", (EXAMPLE / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     # The first block starts a sandbox; here it is the server of the run.
     assert blocks[0].startswith("RECONCILER_DSN=$(reconciler sandbox up ")
+    # In the form in which a sandbox says it: a URI with the socket behind the name of the database.
+    uri = f"postgresql://postgres@:{server.port}/postgres?host={quote(server.host)}"
     try:
-        done = shell("\n".join(blocks[1:]), RECONCILER_DSN=server.dsn())
+        done = shell("\n".join(blocks[1:]), RECONCILER_DSN=uri)
     finally:
         with psycopg.connect(server.dsn(), autocommit=True) as conn:
             for name in DATABASES:
