@@ -9,9 +9,10 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from psycopg.types.json import Jsonb
+from pydantic import ValidationError
 
 from reconciler import pg
-from reconciler.errors import UsageError
+from reconciler.errors import PlanDamaged, UsageError
 from reconciler.fleet import report
 from reconciler.fleet.report import FleetReport, TargetResult
 from reconciler.model import canonical
@@ -120,7 +121,13 @@ def last(conn: pg.Connection, fleet: str | None = None, round_id: str | None = N
         (row["id"],),
         "reading the results",
     )
-    return _report(row, seen)
+    try:
+        return _report(row, seen)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise PlanDamaged(
+            f"Round {row['id']} holds what this version does not write: {type(error).__name__}.",
+            hint="Use the reconciler of the workers, or begin a new round.",
+        ) from None
 
 
 def _report(row: Mapping[str, Any], seen: Sequence[Mapping[str, Any]]) -> FleetReport:

@@ -12,6 +12,7 @@ from psycopg import sql
 
 from reconciler.fleet import queue
 from tests.fleets import Shops, Workers
+from tests.integration.governed import command
 from tests.servers import Database
 
 if TYPE_CHECKING:
@@ -223,3 +224,24 @@ def test_what_is_missing_is_said_in_one_sentence(
         "Error: A queue needs procrastinate, which is not installed.",
         "pip install 'pg-reconciler[fleet]'",
     ]
+
+
+def test_a_result_of_another_version_is_one_sentence(results: str, tmp_path: Path) -> None:
+    with psycopg.connect(results, autocommit=True) as conn:
+        conn.execute(
+            """
+            INSERT INTO reconciler_fleet.round (id, fleet, targets)
+            VALUES ('r1', 'shops', '[{"name": "a", "labels": {}}]');
+            INSERT INTO reconciler_fleet.result (round, target, worker, body)
+            VALUES ('r1', 'a', 'w1', '{"name": "a", "state": "checked", "outcome": "no_changes", "exit_code": 0}')
+            """
+        )
+    report = ("fleet", "report", "--queue", results, "--out", tmp_path / "board.html")
+    done = command(*report)
+    assert (done.returncode, (tmp_path / "board.html").exists()) == (0, True), done.stderr
+    with psycopg.connect(results, autocommit=True) as conn:
+        conn.execute("""UPDATE reconciler_fleet.result SET body = '{"name": "a", "state": "judged"}'""")
+    for words in (report, ("fleet", "status", "--queue", results)):
+        done = command(*words)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "Error: Round r1 holds what this version does not write: ValidationError." in done.stderr
